@@ -1,0 +1,1 @@
+"""Detectors: one module a stream protocol, and the simulated detector that speaks them."""

@@ -1,0 +1,215 @@
+"""The native stream protocol, byte for byte as docs/protocol.md describes it.
+
+    start    1 part   msgpack map {"type": "start", "series", "detector_shape", "dtype", ...}
+    frames   2 parts  msgpack map {"type": "frames", "series", "first", "count", "encoding", "sizes"}, then the payloads
+    end      1 part   msgpack map {"type": "end", "series"}
+
+The payload is a part of its own so that neither side ever copies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from detectors.errors import ProtocolError
+from detectors.messages import (
+    Encoding,
+    FrameBlock,
+    Message,
+    ReceivedBatch,
+    SeriesEnd,
+    SeriesId,
+    SeriesStart,
+    Undecodable,
+)
+
+VERSION = 1
+PORT = 31000
+
+#: Pixel types on the wire, all little-endian.
+DTYPES = {name: np.dtype(f"<{code}") for name, code in
+          {"uint8": "u1", "uint16": "u2", "uint32": "u4", "float32": "f4"}.items()}
+ENCODINGS = {"raw": Encoding.RAW, "lz4": Encoding.LZ4, "bslz4": Encoding.BSLZ4}
+
+#: No sane frame index or series length is larger; keeps a damaged header from asking for the impossible.
+_LARGEST_INDEX = 2**53
+_MAX_FRAMES_PER_MESSAGE = 65536
+_MAX_HEADER_BYTES = 16 << 20
+_START_KEYS = {"type", "version", "series", "detector_shape", "dtype", "scan_shape", "frames"}
+
+
+class NativeDecoder:
+    """Sans-IO decoder: see ``detectors.messages.StreamDecoder``. It keeps no state between batches."""
+
+    def feed(self, batch: ReceivedBatch) -> list[Message]:
+        messages: list[Message] = []
+        run = _Run(batch)
+        for parts in batch.messages():
+            try:
+                header = _unpack(batch.part(parts[0]))
+                kind = header["type"]
+                if kind == "frames":
+                    run.add(header, parts, messages)
+                    continue
+                run.close(messages)
+                if len(parts) != 1:
+                    raise ProtocolError(f"a {kind!r} message has 1 part, this one has {len(parts)}")
+                if kind == "start":
+                    messages.append(_start(header, bytes(batch.part(parts[0]))))
+                elif kind == "end":
+                    messages.append(SeriesEnd(_series(header), (bytes(batch.part(parts[0])),)))
+                else:
+                    raise ProtocolError(f"unknown message type {kind!r}; known are start, frames, end")
+            except ProtocolError as error:
+                run.close(messages)
+                messages.append(Undecodable(str(error)))
+        run.close(messages)
+        return messages
+
+
+class _Run:
+    """Consecutive frames messages of one series and encoding, gathered into one block."""
+
+    def __init__(self, batch: ReceivedBatch) -> None:
+        self.batch = batch
+        self.key: tuple[SeriesId, Encoding] | None = None
+        self.indices: list[np.ndarray | range] = []
+        self.offsets: list[np.ndarray | list[int]] = []
+        self.sizes: list[np.ndarray | list[int]] = []
+
+    def add(self, header: Mapping[str, Any], parts: range, messages: list[Message]) -> None:
+        if len(parts) != 2:
+            raise ProtocolError(f"a 'frames' message has 2 parts (header, payload), this one has {len(parts)}")
+        first = _integer(header, "first", 0, _LARGEST_INDEX)
+        count = _integer(header, "count", 1, _MAX_FRAMES_PER_MESSAGE)
+        encoding = ENCODINGS.get(header.get("encoding"))  # type: ignore[arg-type]
+        if encoding is None:
+            raise ProtocolError(f"unknown encoding {header.get('encoding')!r}; known are {', '.join(ENCODINGS)}")
+        offset, length = int(self.batch.offsets[parts[1]]), int(self.batch.lengths[parts[1]])
+        sizes = _sizes(header, count, length)
+        key = (_series(header), encoding)
+        if key != self.key:
+            self.close(messages)
+            self.key = key
+        self.indices.append(range(first, first + count))
+        if count == 1:
+            self.offsets.append([offset])
+            self.sizes.append([length])
+        else:
+            self.offsets.append(offset + np.concatenate([[0], np.cumsum(sizes)[:-1]]))
+            self.sizes.append(sizes)
+
+    def close(self, messages: list[Message]) -> None:
+        if self.key is None:
+            return
+        series, encoding = self.key
+        indices, offsets, sizes = (
+            np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
+            for pieces in (self.indices, self.offsets, self.sizes)
+        )
+        messages.append(FrameBlock(series, encoding, indices, offsets, sizes, self.batch.slab, self.batch.time_ns))
+        self.key = None
+        self.indices, self.offsets, self.sizes = [], [], []
+
+
+def _unpack(part: memoryview) -> Mapping[str, Any]:
+    if part.nbytes > _MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {part.nbytes} bytes; the payload belongs into a second part")
+    try:
+        header = msgpack.unpackb(part, raw=False)
+    except Exception as error:  # msgpack raises half a dozen unrelated types on malformed input
+        raise ProtocolError(f"a message of {part.nbytes} bytes does not start with a msgpack map ({error})") from error
+    if not isinstance(header, dict) or not isinstance(header.get("type"), str):
+        raise ProtocolError("a message's first part must be a msgpack map with a 'type'")
+    return header
+
+
+def _integer(header: Mapping[str, Any], key: str, low: int, high: int) -> int:
+    value = header.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise ProtocolError(f"{key!r} must be an integer from {low} to {high}, got {value!r}")
+    return value
+
+
+def _series(header: Mapping[str, Any]) -> SeriesId:
+    series = header.get("series")
+    if type(series) not in (int, str):
+        raise ProtocolError(f"'series' must be an integer or a text, got {series!r}")
+    return series  # type: ignore[return-value]
+
+
+def _shape(header: Mapping[str, Any], key: str) -> tuple[int, int] | None:
+    value = header.get(key)
+    if value is None:
+        return None
+    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and 1 <= n <= 65536 for n in value)):
+        raise ProtocolError(f"{key!r} must be [rows, columns], each from 1 to 65536, got {value!r}")
+    return value[0], value[1]
+
+
+def _sizes(header: Mapping[str, Any], count: int, length: int) -> np.ndarray | list[int]:
+    """Bytes of each frame's payload; without 'sizes' they are all equal."""
+    sizes = header.get("sizes")
+    if sizes is None:
+        if length % count:
+            raise ProtocolError(f"a payload of {length} bytes is not {count} equal frames; give their 'sizes'")
+        return [length // count] * count
+    if not (isinstance(sizes, list) and len(sizes) == count and all(type(n) is int and n >= 0 for n in sizes)):
+        raise ProtocolError(f"'sizes' must be a list of {count} numbers of bytes")
+    if sum(sizes) != length:
+        raise ProtocolError(f"'sizes' add up to {sum(sizes)} bytes, the payload has {length}")
+    return sizes
+
+
+def _start(header: Mapping[str, Any], raw: bytes) -> SeriesStart:
+    version = header.get("version", VERSION)
+    if version != VERSION:
+        raise ProtocolError(f"protocol version {version!r}; this program speaks version {VERSION}")
+    detector_shape = _shape(header, "detector_shape")
+    if detector_shape is None:
+        raise ProtocolError("a start message needs 'detector_shape' as [rows, columns]")
+    name = header.get("dtype")
+    if name not in DTYPES:
+        raise ProtocolError(f"unknown dtype {name!r}; known are {', '.join(DTYPES)}")
+    frames = None if header.get("frames") is None else _integer(header, "frames", 1, _LARGEST_INDEX)
+    settings = {key: value for key, value in header.items() if key not in _START_KEYS}
+    return SeriesStart(
+        _series(header), detector_shape, DTYPES[name], _shape(header, "scan_shape"), frames, settings, (raw,)
+    )
+
+
+class NativeEncoder:
+    """The sending half: see ``detectors.messages.StreamEncoder``."""
+
+    def start(self, start: SeriesStart) -> list[bytes]:
+        header = {
+            "type": "start",
+            "version": VERSION,
+            "series": start.series,
+            "detector_shape": list(start.detector_shape),
+            "dtype": start.dtype.name,
+            "scan_shape": None if start.scan_shape is None else list(start.scan_shape),
+            "frames": start.frames,
+            **start.settings,
+        }
+        return [msgpack.packb(header)]
+
+    def frames(
+        self, series: SeriesId, first: int, payloads: Sequence[bytes | memoryview], encoding: Encoding
+    ) -> list[bytes | memoryview]:
+        header = {
+            "type": "frames",
+            "series": series,
+            "first": first,
+            "count": len(payloads),
+            "encoding": encoding.name.lower(),
+            "sizes": [memoryview(payload).nbytes for payload in payloads],
+        }
+        return [msgpack.packb(header), payloads[0] if len(payloads) == 1 else b"".join(payloads)]
+
+    def end(self, series: SeriesId) -> list[bytes]:
+        return [msgpack.packb({"type": "end", "series": series})]

@@ -1,0 +1,1 @@
+"""liveptycho's streaming side: frames in, phase image out."""
