@@ -54,7 +54,9 @@ def encode(frame: np.ndarray, encoding: Encoding) -> bytes:
     return out[: 12 + size].tobytes()
 
 
-def decode(payload: bytes | memoryview | np.ndarray, encoding: Encoding, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+def decode(
+    payload: bytes | memoryview | np.ndarray, encoding: Encoding, shape: tuple[int, int], dtype: np.dtype
+) -> np.ndarray:
     """Unpack one frame: array of ``shape`` and ``dtype``. Raises ``ProtocolError`` when the payload does not fit."""
     data = np.frombuffer(payload, dtype=np.uint8)
     nbytes = shape[0] * shape[1] * dtype.itemsize
@@ -66,7 +68,9 @@ def decode(payload: bytes | memoryview | np.ndarray, encoding: Encoding, shape: 
     elif encoding is Encoding.BSLZ4:
         data = _decode_bslz4(data, nbytes, dtype.itemsize)
     if data.nbytes != nbytes:
-        raise ProtocolError(f"a frame of {shape[0]}x{shape[1]} {dtype.name} has {nbytes} bytes, the payload holds {data.nbytes}")
+        raise ProtocolError(
+            f"a frame of {shape[0]}x{shape[1]} {dtype.name} has {nbytes} bytes, the payload holds {data.nbytes}"
+        )
     return data.view(dtype).reshape(shape)
 
 

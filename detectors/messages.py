@@ -110,7 +110,12 @@ class FrameBlock:
     def take(self, which: np.ndarray) -> FrameBlock:
         """The frames at ``which`` (an index or boolean array), still in the same slab."""
         return FrameBlock(
-            self.series, self.encoding, self.indices[which], self.offsets[which], self.sizes[which], self.slab,
+            self.series,
+            self.encoding,
+            self.indices[which],
+            self.offsets[which],
+            self.sizes[which],
+            self.slab,
             self.time_ns,
         )
 

@@ -31,8 +31,10 @@ VERSION = 1
 PORT = 31000
 
 #: Pixel types on the wire, all little-endian.
-DTYPES = {name: np.dtype(f"<{code}") for name, code in
-          {"uint8": "u1", "uint16": "u2", "uint32": "u4", "float32": "f4"}.items()}
+DTYPES = {
+    name: np.dtype(f"<{code}")
+    for name, code in {"uint8": "u1", "uint16": "u2", "uint32": "u4", "float32": "f4"}.items()
+}
 ENCODINGS = {"raw": Encoding.RAW, "lz4": Encoding.LZ4, "bslz4": Encoding.BSLZ4}
 
 #: No sane frame index or series length is larger; keeps a damaged header from asking for the impossible.

@@ -24,8 +24,9 @@ class StreamProtocol:
 _PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        StreamProtocol("native", "msgpack over ZeroMQ, docs/protocol.md", native.NativeDecoder, native.NativeEncoder,
-                       native.PORT),
+        StreamProtocol(
+            "native", "msgpack over ZeroMQ, docs/protocol.md", native.NativeDecoder, native.NativeEncoder, native.PORT
+        ),
     )
 }
 

@@ -114,8 +114,12 @@ class Snapshot:
         message["counters"] = self.counters.as_dict()
         message["aberrations"] = dict(self.aberrations)
         message["images"] = {
-            name: {"shape": list(image.shape), "dtype": "<f4", "unit": IMAGE_UNITS[name],
-                   "data": np.ascontiguousarray(image, dtype="<f4").data.cast("B")}
+            name: {
+                "shape": list(image.shape),
+                "dtype": "<f4",
+                "unit": IMAGE_UNITS[name],
+                "data": np.ascontiguousarray(image, dtype="<f4").data.cast("B"),
+            }
             for name, image in self.images.items()
         }
         return msgpack.packb({"type": "snapshot", "version": VERSION, **message})
@@ -132,8 +136,12 @@ class Snapshot:
                 for name, image in message.pop("images", {}).items()
                 if name in IMAGE_UNITS
             }
-            counters = Counters(**{k: int(v) for k, v in message.pop("counters", {}).items() if k in Counters.__dataclass_fields__})
-            known = {k: tuple(v) if isinstance(v, list) else v for k, v in message.items() if k in cls.__dataclass_fields__}
+            counters = Counters(
+                **{k: int(v) for k, v in message.pop("counters", {}).items() if k in Counters.__dataclass_fields__}
+            )
+            known = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in message.items() if k in cls.__dataclass_fields__
+            }
             return cls(**known, counters=counters, images=images)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ProtocolError(f"a damaged snapshot ({error})") from error

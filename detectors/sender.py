@@ -1,0 +1,203 @@
+"""The simulated detector's wire: frames from a source, spoken in a stream protocol, over ZeroMQ, at a set rate.
+
+The pattern is that of the real detectors: a PUSH socket waits for its receiver and loses nothing; a PUB socket sends
+to whoever listens. Sending never blocks the event loop: messages go out in a tight loop of non-blocking sends, which
+yields every few milliseconds and waits for the socket only when ZeroMQ says that the receiver is behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import zmq
+
+from detectors.errors import ConfigurationError
+from detectors.grouping import Group, message_groups
+from detectors.messages import SeriesId, StreamEncoder
+from detectors.misbehaviour import Misbehaviour, MisbehaviourCounts
+from detectors.registry import protocol_named
+from detectors.source import FrameSource
+from detectors.wire import Wire
+
+#: The event loop gets its turn at least this often [s], and paced frames leave in bursts of this length.
+_TURN_S = 2e-3
+#: At a set rate, a sender that was held up catches up on at most this much [s]: detectors do not send in floods.
+_CATCH_UP_S = 0.1
+_REPEAT_START_S = 1.0
+_PROGRESS_S = 0.1
+
+
+@dataclass(frozen=True)
+class SendReport:
+    """What has been sent so far. ``frames`` counts frames as sent, ``payload_bytes`` their packed size, ``seconds``
+    the time since the start message went out. ``misbehaviour`` also counts what waits to be sent next.
+    """
+
+    frames: int
+    messages: int
+    payload_bytes: int
+    seconds: float
+    misbehaviour: MisbehaviourCounts
+
+
+async def serve(
+    source: FrameSource,
+    address: str,
+    *,
+    protocol: str = "native",
+    pattern: Literal["push", "pub"] = "push",
+    bind: bool = True,
+    series: SeriesId = 1,
+    passes: int | None = 1,
+    rate: float | None = None,
+    frames_per_message: int = 1,
+    misbehaviour: Misbehaviour | None = None,
+    ready: Callable[[str], object] | None = None,
+    progress: Callable[[SendReport], object] | None = None,
+    subscriber_wait_s: float = 5.0,
+    linger_s: float = 60.0,
+) -> SendReport:
+    """Send ``passes`` passes of ``source`` (None: for ever) as one series, then the end message.
+
+    ``address``: a ZeroMQ endpoint such as ``tcp://127.0.0.1:31000``; bound, or connected to when ``bind`` is False.
+    ``tcp://127.0.0.1:*`` takes any free port; ``ready`` is called with the real endpoint (a future's ``set_result``
+    will do). ``rate``: frames per second, None for as fast as the receiver accepts. ``progress`` is called about ten
+    times a second and at the end.
+
+    ``pattern="push"`` waits for a receiver, however long that takes. ``"pub"`` waits for a subscriber for at most
+    ``subscriber_wait_s`` and repeats the start message about once a second for those who come later; a subscriber that
+    falls behind slows the sender down and loses nothing.
+
+    Returns when everything has been delivered, or ``linger_s`` after the last frame. Cancelling it ends it at once.
+    Raises ``ConfigurationError`` for values out of range and ``ConnectionFailed`` when the address cannot be used.
+    """
+    if rate is not None and not rate > 0:
+        raise ConfigurationError(f"the frame rate must be positive, got {rate!r}")
+    if frames_per_message < 1 or (passes is not None and passes < 1):
+        raise ConfigurationError("passes and frames_per_message must be at least 1")
+    if pattern not in ("push", "pub"):
+        raise ConfigurationError(f"unknown socket pattern {pattern!r}; known are push, pub")
+    encoder = protocol_named(protocol).encoder()
+    counts = MisbehaviourCounts()
+    start = source.start(series)
+    start = dataclasses.replace(start, frames=None if passes is None else passes * source.frames_per_pass)
+    wire = Wire(pattern, address, bind)
+    try:
+        if ready is not None:
+            ready(wire.endpoint)
+        if pattern == "pub":
+            await wire.wait_for(zmq.POLLIN, subscriber_wait_s)
+        sending = _Sending(wire, encoder, encoder.start(start), series, source, rate, counts, progress)
+        ahead = _WorkAhead(message_groups(source, passes, frames_per_message, misbehaviour, counts))
+        try:
+            await wire.send(sending.start_message)
+            while (batch := await ahead.next()) is not None:
+                await sending.send(batch)
+        finally:
+            ahead.close()
+        if misbehaviour is None or misbehaviour.ends(counts):
+            await wire.send(encoder.end(series))
+        report = sending.report()
+        if progress is not None:
+            progress(report)
+        await wire.flush(linger_s)
+        return report
+    finally:
+        wire.close()
+
+
+class _Sending:
+    """The state of one series under way: pace, counters, repeated start messages."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        encoder: StreamEncoder,
+        start_message: list[bytes],
+        series: SeriesId,
+        source: FrameSource,
+        rate: float | None,
+        counts: MisbehaviourCounts,
+        progress: Callable[[SendReport], object] | None,
+    ) -> None:
+        self.wire, self.encoder, self.start_message = wire, encoder, start_message
+        self.series, self.encoding = series, source.encoding
+        self.rate, self.counts, self.progress = rate, counts, progress
+        self.frames = self.messages = self.payload_bytes = 0
+        self.began: float | None = None
+        # Frames are due at scheduled + n / rate, counted from the last time that the schedule had to be given up.
+        self.scheduled, self.sent_on_schedule = 0.0, 0
+        self.next_turn = self.next_start = self.next_progress = 0.0
+
+    def report(self) -> SendReport:
+        seconds = 0.0 if self.began is None else time.perf_counter() - self.began
+        return SendReport(self.frames, self.messages, self.payload_bytes, seconds, dataclasses.replace(self.counts))
+
+    async def send(self, batch: list[Group]) -> None:
+        if self.began is None:  # the start message is through: there is a receiver
+            self.began = self.scheduled = time.perf_counter()
+            self.next_turn, self.next_start = self.began + _TURN_S, self.began + _REPEAT_START_S
+        credit = 0
+        for first, payloads in batch:
+            if credit <= 0:
+                credit = await self._credit(len(payloads))
+            parts = self.encoder.frames(self.series, first, payloads, self.encoding)
+            if not self.wire.try_send(parts):
+                await self.wire.send(parts)
+            credit -= len(payloads)
+            self.frames += len(payloads)
+            self.messages += 1
+            self.payload_bytes += sum(map(len, payloads))
+
+    async def _credit(self, needed: int) -> int:
+        """Wait until at least ``needed`` frames may leave, and say how many may before the next look at the clock."""
+        while True:
+            now = time.perf_counter()
+            if now >= self.next_turn:
+                await asyncio.sleep(0)
+                await self._housekeeping(now)
+                now = time.perf_counter()
+                self.next_turn = now + _TURN_S
+            if self.rate is None:
+                return 32
+            due = int((now - self.scheduled) * self.rate) + 1 - (self.frames - self.sent_on_schedule)
+            if due >= needed:
+                if due > _CATCH_UP_S * self.rate + needed:
+                    self.scheduled, self.sent_on_schedule, due = now, self.frames, needed
+                return due
+            # A little late rather than a sleep for every frame. A message larger than a burst waits for all of it.
+            await asyncio.sleep(min(max((needed - due) / self.rate, _TURN_S), _REPEAT_START_S))
+
+    async def _housekeeping(self, now: float) -> None:
+        if self.wire.publishes and now >= self.next_start:
+            self.next_start = now + _REPEAT_START_S
+            await self.wire.send(self.start_message)
+        if self.progress is not None and now >= self.next_progress:
+            self.next_progress = now + _PROGRESS_S
+            self.progress(self.report())
+
+
+class _WorkAhead:
+    """Takes items from a blocking iterator in a thread of its own, one item ahead of its consumer."""
+
+    def __init__(self, items: Generator[list[Group], None, None]) -> None:
+        self.items = items
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="frame-source")
+        self.coming = self.thread.submit(next, items, None)
+
+    async def next(self) -> list[Group] | None:
+        item = await asyncio.wrap_future(self.coming)
+        if item is not None:
+            self.coming = self.thread.submit(next, self.items, None)
+        return item
+
+    def close(self) -> None:
+        # The generators are closed by the thread that runs them, after the step that it may be in.
+        self.thread.submit(self.items.close)
+        self.thread.shutdown(wait=False)

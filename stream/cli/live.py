@@ -1,0 +1,245 @@
+"""Commands on live streams: live, record, view, check."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from detectors.errors import ConfigurationError
+from stream.check import check_address
+from stream.cli.files import report_result
+from stream.cli.options import Device, Protocol, Threads, parse_passes, with_settings
+from stream.cli.progress import console, progress_bar
+from stream.config import Layer
+from stream.record import record_stream
+from stream.session import Session, SessionOptions
+from stream.snapshot import Snapshot
+
+DEFAULT_PUBLISH = "tcp://127.0.0.1:31010"
+
+Addresses = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADDRESS",
+        help="ZeroMQ address, for example tcp://192.168.0.5:31000; several, separated by commas, share one stream.",
+    ),
+]
+Bind = Annotated[bool, typer.Option("--bind", help="Bind ADDRESS and let the detector connect.")]
+Sub = Annotated[bool, typer.Option("--sub", help="The detector publishes (PUB); default is PUSH.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        help="Give up when nothing comes for so many seconds. [default: wait for ever for the start, 10 s within a series]",
+        show_default=False,
+    ),
+]
+
+
+@with_settings
+def live(
+    layers: list[Layer],
+    address: Addresses,
+    protocol: Protocol = "native",
+    bind: Bind = False,
+    sub: Sub = False,
+    record: Annotated[Path | None, typer.Option(help="Record the stream into this file at the same time.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the result of the series there (HDF5, NeXus).")
+    ] = None,
+    passes: Annotated[
+        int,
+        typer.Option(
+            help="Passes to take: the newest replaces the older one row by row; 0 for ever. [default: as many as the series announces]",
+            show_default=False,
+        ),
+    ] = -1,
+    no_viewer: Annotated[
+        bool, typer.Option("--no-viewer", help="Open no viewer; end when the series has ended.")
+    ] = False,
+    publish: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Address that viewers connect to; control is one port further. [default: {DEFAULT_PUBLISH} with a viewer]",
+            show_default=False,
+        ),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="After a series, wait for the next one.")] = False,
+    timeout: Timeout = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Reconstruct a stream while it is being scanned, and show the phase image refining."""
+    if not no_viewer and publish is None:
+        publish = DEFAULT_PUBLISH
+    options = SessionOptions(
+        address.split(","), protocol, bind, "sub" if sub else "pull", layers, parse_passes(passes, 0), device, record, output,
+        publish, follow, linger_s=0.0 if no_viewer else math.inf, timeout_s=timeout, threads=threads,
+    )  # fmt: skip
+    incomplete = asyncio.run(run_session(options, viewer=not no_viewer))
+    if incomplete:
+        raise ConfigurationError(f"the series is not complete: {incomplete}")
+
+
+async def run_session(
+    options: SessionOptions, *, viewer: bool, alongside: Callable[[Session], Coroutine[Any, Any, None]] | None = None
+) -> str:
+    """Run a session in the terminal; returns why the last series is incomplete, or an empty text.
+
+    ``alongside`` is run beside it and ended with it.
+    """
+    async with Session(options) as session:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, session.stop)
+        with ExitStack() as stack:
+            if viewer:
+                assert session.publish_endpoint is not None
+                stack.enter_context(_ViewerProcess(session))
+            if session.publish_endpoint is not None:
+                console.print(f"images are published on {session.publish_endpoint}", highlight=False)
+            verb = "bound" if options.bind else "connected to"
+            console.print(f"{verb} {', '.join(session.endpoints)}, waiting for a series", highlight=False)
+            beside = None if alongside is None else asyncio.create_task(alongside(session), name="alongside")
+            try:
+                await _show(session)
+            finally:
+                if beside is not None:
+                    beside.cancel()
+                    await asyncio.gather(beside, return_exceptions=True)
+        if session.result is not None:
+            report_result(session.result, options.output)
+            if options.record is not None:
+                console.print(f"recording in [bold]{options.record}[/bold]")
+        return session.incomplete
+
+
+async def _show(session: Session) -> None:
+    """One line in the terminal, refreshed while snapshots come; what the engine holds is said once."""
+    told: object = None
+    with Live(console=console, refresh_per_second=4, transient=True) as display:
+        async for snapshot in session:
+            run = session.reconstruction
+            if run is not None and run.engine is not None and run is not told:
+                told = run
+                console.print(
+                    f"{run.engine.device.name}: {run.engine.plan.total / 1e6:,.0f} MB at most ({run.engine.plan})",
+                    highlight=False,
+                )
+                for note in run.notes:
+                    console.print(f"note: {note}", highlight=False)
+            if console.is_terminal:
+                display.update(status_line(snapshot))
+
+
+def status_line(snapshot: Snapshot) -> Text:
+    """The state of a session in one line."""
+    line = Text(f"{snapshot.state} ", style="bold")
+    if snapshot.scan_shape is not None:
+        line.append(
+            f"pass {snapshot.passes_done + (snapshot.state == 'scanning')}, row {(snapshot.scan_row or 0) + 1}/{snapshot.scan_shape[0]}, "
+        )
+        line.append(f"{snapshot.frames_per_s:,.0f} frames/s, {snapshot.megabytes_per_s:.1f} MB/s")
+        if snapshot.latency_ms is not None:
+            line.append(f", {snapshot.latency_ms:.0f} ms")
+    counters = snapshot.counters
+    for name in ("missing", "duplicate", "late", "undecodable", "outside"):
+        if count := getattr(counters, name):
+            line.append(f", {name} {count}", style="yellow")
+    if snapshot.message:
+        line.append(f"  {snapshot.message}", style="dim")
+    return line
+
+
+class _ViewerProcess:
+    """The viewer, in a process of its own; the session ends when its window is closed."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> None:
+        assert self._session.publish_endpoint is not None
+        self._process = subprocess.Popen([sys.executable, "-m", "viewer", self._session.publish_endpoint])
+        self._watch = asyncio.create_task(self._wait(), name="viewer process")
+
+    async def _wait(self) -> None:
+        assert self._process is not None
+        code = await asyncio.to_thread(self._process.wait)
+        if code not in (0, -signal.SIGINT, -signal.SIGTERM):
+            console.print(
+                "the viewer did not stay open (its message is above); the session goes on without it, Ctrl-C ends it"
+            )
+        else:
+            self._session.stop()
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None
+        self._watch.cancel()
+        if self._process.poll() is None:
+            self._process.terminate()
+
+
+def record(
+    address: Addresses,
+    file: Annotated[Path, typer.Argument(help="Where to write the recording (HDF5); must not exist.")],
+    protocol: Protocol = "native",
+    bind: Bind = False,
+    sub: Sub = False,
+    timeout: Timeout = None,
+) -> None:
+    """Record one series of a stream as it comes, without reconstructing it; compressed frames stay compressed."""
+    with progress_bar(file.name) as advance:
+        done = asyncio.run(
+            record_stream(address.split(","), file, protocol=protocol, bind=bind, pattern="sub" if sub else "pull",
+                          timeout_s=timeout, progress=advance,
+                          ready=lambda where: console.print(f"recording {', '.join(where)}, waiting for a series", highlight=False))
+        )  # fmt: skip
+    console.print(f"{done.frames} frames recorded in [bold]{file}[/bold]")
+    if done.incomplete:
+        raise ConfigurationError(f"the recording is not complete: {done.incomplete}")
+
+
+def view(
+    address: Annotated[str, typer.Argument(help="Where a session publishes, for example tcp://microscope-pc:31010.")],
+    screenshot: Annotated[
+        Path | None, typer.Option(help="Save a picture of the window there after a few seconds, and end.")
+    ] = None,
+) -> None:
+    """Open a viewer on a running session, also from another machine."""
+    command = [sys.executable, "-m", "viewer", address]
+    if screenshot is not None:
+        command += ["--screenshot", str(screenshot)]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+def check(
+    address: Annotated[str, typer.Argument(help="ZeroMQ address of the detector's stream.")],
+    protocol: Protocol = "native",
+    bind: Bind = False,
+    sub: Sub = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for messages.")] = 5.0,
+) -> None:
+    """See what arrives at an address: a table of OK / TIMEOUT / ERROR with advice. Takes messages off the stream."""
+    findings = asyncio.run(
+        check_address(address, protocol=protocol, bind=bind, pattern="sub" if sub else "pull", timeout_s=timeout)
+    )
+    table = Table("check", "result", "what was seen, and what to do")
+    colour = {"OK": "green", "TIMEOUT": "yellow", "ERROR": "red", "-": "dim"}
+    for finding in findings:
+        table.add_row(finding.name, Text(finding.verdict, style=colour[finding.verdict]), finding.text)
+    console.print(table)
+    if any(finding.verdict in ("TIMEOUT", "ERROR") for finding in findings):
+        raise typer.Exit(1)

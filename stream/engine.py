@@ -1,0 +1,425 @@
+"""The engine: blocks of frames in, images out. Live sessions, replay and offline reconstruction all run on this one.
+
+Two sides work at the same time. ``add`` (one thread) finds each frame's position, decodes it and collects scan rows;
+``accumulate`` (another) takes closed rows into the ring and into Psi. When rows close faster than they are accumulated,
+``add`` does a share of that work itself: the sender is slowed down, and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from detectors.errors import DoesNotFit
+from detectors.messages import FrameBlock
+from stream.accumulator import Accumulator, contracted_bytes
+from stream.array import Device, host_free_bytes
+from stream.assembler import ClosedRow, RowAssembler
+from stream.decode import BRIGHT_FIELD, MOMENT_COLUMN, MOMENT_ROW, REASONS, TOTAL, FrameDecoder
+from stream.geometry import DetectorGeometry
+from stream.kernels import KernelTable, Method, Passband, is_real_kernel, make_kernels, table_bytes
+from stream.optics import Probe
+from stream.ring import RowRing, ring_bytes
+from stream.scan import ScanPattern
+from stream.snapshot import Counters
+
+#: Rows contracted in one go when they are there: the matrix products gain little beyond.
+BATCH_ROWS = 16
+
+#: Open rows take at most about this much host memory (and never fewer rows than two batches).
+_OPEN_ROWS_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a reconstruction rests on. Lengths in Å, angles of the probe in rad.
+
+    ``scan_step`` (row, column) [Å]; ``dtype`` of the frames; ``passes`` None for continuous scanning; ``averaging``
+    averages the passes instead of letting the newest one replace the others.
+    """
+
+    geometry: DetectorGeometry
+    probe: Probe
+    scan: ScanPattern
+    scan_step: tuple[float, float]
+    dtype: np.dtype
+    method: Method
+    passes: int | None = 1
+    averaging: bool = False
+
+    @property
+    def passband(self) -> Passband:
+        return Passband.select(self.scan.shape, self.scan_step, self.probe.cutoff, self.method.antisymmetric)
+
+    def make_kernels(self, device: Device) -> KernelTable:
+        """The kernel table of this set-up, on ``device``."""
+        k = self.geometry.bf_k(self.probe.wavelength)
+        return make_kernels(self.method, self.probe, k, self.passband, self.scan_step, device)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a reconstruction will hold, in bytes, before any of it is taken. It is a bound: nothing grows with time."""
+
+    ring: int
+    kernels: int
+    contracted: int
+    work: int
+    open_rows: int
+
+    @classmethod
+    def of(cls, setup: Setup) -> MemoryPlan:
+        pixels = len(setup.geometry.bf_pixels)
+        shape, dtype = setup.scan.shape, setup.dtype
+        passband = setup.passband
+        return cls(
+            ring=ring_bytes(shape, pixels, dtype, setup.averaging),
+            kernels=table_bytes(passband, pixels, is_real_kernel(setup.method, setup.probe)),
+            contracted=contracted_bytes(passband) if setup.passes != 1 else 0,
+            work=BATCH_ROWS * (shape[1] * pixels * 4 + passband.column_count * pixels * 16) + shape[0] * shape[1] * 64,
+            open_rows=open_rows(setup) * shape[1] * (pixels * dtype.itemsize + 33),
+        )
+
+    @property
+    def device_bytes(self) -> int:
+        return self.ring + self.kernels + self.contracted + self.work
+
+    @property
+    def total(self) -> int:
+        """Everything together, on device and host."""
+        return self.device_bytes + self.open_rows
+
+    def check(self, device: Device) -> None:
+        """Raise ``DoesNotFit`` with advice when the device or the host has too little free memory."""
+        wanted = {device.name: self.device_bytes}
+        free = {device.name: device.free_bytes()}
+        if device.is_gpu:
+            wanted["host"], free["host"] = self.open_rows, host_free_bytes()
+        else:
+            wanted[device.name] += self.open_rows
+        for name, need in wanted.items():
+            if need > 0.9 * free[name]:
+                raise DoesNotFit(
+                    f"this reconstruction needs {need / 1e9:.2f} GB on the {name} ({self}), and {free[name] / 1e9:.2f} GB are "
+                    "free: use a smaller scan, a smaller semiangle_mrad (fewer bright-field pixels), detector binning, "
+                    "or a device with more memory"
+                )
+
+    def __str__(self) -> str:
+        parts = {"ring": self.ring, "kernels": self.kernels, "contracted rows": self.contracted, "work": self.work,
+                 "open rows": self.open_rows}  # fmt: skip
+        return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items() if size)
+
+
+def open_rows(setup: Setup) -> int:
+    """How many rows can be open at a time: all of them where memory allows, so that any order of frames is cheap."""
+    row_bytes = setup.scan.shape[1] * len(setup.geometry.bf_pixels) * setup.dtype.itemsize
+    rows = setup.scan.shape[0]
+    return max(2 * BATCH_ROWS, min(rows, _OPEN_ROWS_BYTES // row_bytes)) + BATCH_ROWS
+
+
+class Engine:
+    """One reconstruction, from its first frame on. Make it with the final optics; they can be changed later.
+
+    ``threads``: how many the decoder and the contraction may use each (default: the cores there are).
+    """
+
+    def __init__(self, setup: Setup, device: Device, *, threads: int | None = None) -> None:
+        plan = MemoryPlan.of(setup)
+        plan.check(device)
+        self.setup, self.device, self.plan = setup, device, plan
+        self._threads = threads or len(os.sched_getaffinity(0))
+        # Two sides work at a time, each with its share of the threads.
+        self._executor = ThreadPoolExecutor(2 * self._threads, thread_name_prefix="engine")
+        geometry, shape = setup.geometry, setup.scan.shape
+        pixels = len(geometry.bf_pixels)
+        self._decoder = FrameDecoder(
+            geometry.shape, setup.dtype, geometry.bf_pixels, geometry.good, self._executor, self._threads
+        )
+        self._assembler = RowAssembler(
+            shape,
+            pixels,
+            setup.dtype,
+            self._decoder.sums_dtype,
+            open_rows(setup),
+            in_order=setup.scan.positions is None,
+        )
+        self._rows_lock = threading.Lock()
+        self._compute_lock = threading.RLock()
+        self._ring = RowRing(shape, pixels, setup.dtype, device, setup.averaging)
+        self._accumulator = self._make_accumulator(setup.make_kernels(device))
+        self._sums = np.zeros((*shape, 4), np.float64)
+        self._received = self._accepted = self._outside = self._duplicate = self._late = self._undecodable = 0
+        self._missing_before = 0
+        self._finished_missing: int | None = None
+        self._frames_ahead = 0
+        self.last_row: ClosedRow | None = None
+        """the row that was accumulated last"""
+        self.last_reason = ""
+        """why the last undecodable frame was one"""
+
+    def close(self) -> None:
+        """End the engine's threads. Images can still be taken."""
+        self._executor.shutdown(wait=True)
+
+    def _make_accumulator(self, kernels: KernelTable) -> Accumulator:
+        return Accumulator(
+            kernels, self._ring, self.device, keep_contracted=self.setup.passes != 1,
+            executor=self._executor, threads=self._threads,
+        )  # fmt: skip
+
+    # frames in
+
+    def add(self, block: FrameBlock) -> None:
+        """Take a block of frames of this series. Frames are counted, whatever becomes of them; none raises."""
+        self._received += len(block)
+        passes, rows, columns = self.setup.scan.locate(block.indices)
+        inside = (rows >= 0) & (passes >= 0) & self._plausible(passes)
+        self._outside += int(np.count_nonzero(~inside))
+        which = np.flatnonzero(inside)
+        while len(which):
+            which = self._add_unique(block, which, passes, rows, columns)
+
+    def _plausible(self, passes: np.ndarray) -> np.ndarray:
+        """Frames of an announced pass; in an endless series, not of one far ahead unless a whole row says so."""
+        if self.setup.passes is not None:
+            return passes < self.setup.passes
+        near = passes <= self._assembler.newest_pass + 1
+        self._frames_ahead = 0 if near.any() else self._frames_ahead + len(passes)
+        return near | (self._frames_ahead > self.setup.scan.shape[1])
+
+    def _add_unique(
+        self, block: FrameBlock, which: np.ndarray, passes: np.ndarray, rows: np.ndarray, columns: np.ndarray
+    ) -> np.ndarray:
+        """Add the first frame of each position; returns the others, to be looked at again.
+
+        A second frame is a duplicate only if the first one was sound.
+        """
+        with self._rows_lock:
+            late, duplicate = self._assembler.classify(passes[which], rows[which], columns[which])
+        self._late += int(np.count_nonzero(late))
+        self._duplicate += int(np.count_nonzero(duplicate))
+        which = which[~late & ~duplicate]
+        if len(which) == 0:
+            return which
+        ny, nx = self.setup.scan.shape
+        _, first = np.unique((passes[which] * ny + rows[which]) * nx + columns[which], return_index=True)
+        chosen = which[np.sort(first)]
+        # More rows at a time than there are slots could never be placed together.
+        row_key = passes[chosen] * ny + rows[chosen]
+        if len(np.unique(row_key)) > BATCH_ROWS:
+            chosen = chosen[np.isin(row_key, np.unique(row_key)[:BATCH_ROWS])]
+        slots = self._slots_for(passes[chosen], rows[chosen])
+        targets = slots * nx + columns[chosen]
+        assembler = self._assembler
+        status = self._decoder.decode(
+            block.take(chosen),
+            targets,
+            assembler.pixels.reshape(-1, assembler.pixels.shape[2]),
+            assembler.sums.reshape(-1, 4),
+        )
+        sound = status == 0
+        if not sound.all():
+            self._undecodable += int(np.count_nonzero(~sound))
+            self.last_reason = REASONS[int(status[~sound][-1])]
+        with self._rows_lock:
+            good = chosen[sound]
+            assembler.mark(slots[sound], passes[good], rows[good], columns[good], block.time_ns)
+        self._accepted += len(good)
+        return np.setdiff1d(which, chosen)
+
+    def _slots_for(self, passes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        while True:
+            with self._rows_lock:
+                slots = self._assembler.open_slots(passes, rows)
+                if slots is None and not self._assembler.closed:
+                    self._assembler.close_oldest()
+            if slots is not None:
+                return slots
+            self.accumulate()
+
+    def undecodable(self, frames: int, reason: str) -> None:
+        """Count frames that the protocol could not read at all."""
+        self._received += frames
+        self._undecodable += frames
+        self.last_reason = reason
+
+    def close_rows(self) -> None:
+        """Close every open row with what it has: the series is over, or silent."""
+        with self._rows_lock:
+            self._assembler.close_all()
+
+    def finish(self, announced: int | None = None) -> None:
+        """The series is over: close and accumulate everything, and settle how many frames are missing.
+
+        ``announced``: how many frames the series was to have; by default whole passes, or, of an endless series, the
+        passes that began.
+        """
+        self.close_rows()
+        while self.accumulate():
+            pass
+        passes = self.setup.passes or max(1, self._assembler.newest_pass + 1)
+        expected = passes * self.setup.scan.frames_per_pass
+        if announced is not None:
+            expected = min(announced, expected) if self.setup.passes else announced
+        _, rows, _ = self.setup.scan.locate(np.arange(expected) if expected < 1 << 22 else np.arange(0))
+        positions = int(np.count_nonzero(rows >= 0)) if len(rows) else passes * int(np.prod(self.setup.scan.shape))
+        self._finished_missing = max(0, positions - self._accepted)
+
+    # rows into the image
+
+    @property
+    def closed_rows(self) -> int:
+        """Rows that wait for ``accumulate``."""
+        return len(self._assembler.closed)
+
+    def accumulate(self, most: int = BATCH_ROWS) -> int:
+        """Take up to ``most`` closed rows into the ring and into Psi; returns how many."""
+        with self._compute_lock:
+            batch: list[ClosedRow] = []
+            with self._rows_lock:
+                closed = self._assembler.closed
+                while closed and len(batch) < most and closed[0].row not in {other.row for other in batch}:
+                    batch.append(closed.popleft())
+            if not batch:
+                return 0
+            rows = np.array([item.row for item in batch])
+            self._accumulator.remove(rows)
+            for item in batch:
+                self._commit(item)
+            self._accumulator.add(rows)
+            with self._rows_lock:
+                for item in batch:
+                    self._assembler.release(item.slot)
+            self.last_row = batch[-1]
+            return len(batch)
+
+    def _commit(self, item: ClosedRow) -> None:
+        ring, sums = self._ring, self._sums[item.row]
+        received = self._assembler.received[item.slot]
+        if ring.pass_of_row[item.row] >= 0 and item.pass_ != ring.pass_of_row[item.row]:
+            self._missing_before += self._missing_in(item.row)
+            if not ring.averaging:
+                sums[:] = 0
+        ring.commit(item.row, item.pass_, self._assembler.pixels[item.slot], received)
+        sums[received] += self._assembler.sums[item.slot][received]
+
+    def _missing_in(self, row: int) -> int:
+        frames = self._ring.frames[row]
+        expected = frames.max() if self._ring.averaging else 1
+        return int((expected - frames).clip(0).sum())
+
+    # images out
+
+    def change(self, probe: Probe, method: Method) -> None:
+        """New optics or another method, without a new scan: every row in the ring is contracted again.
+
+        Energy and semi-angle must stay what they were, since they decide which pixels the ring holds.
+        """
+        kept = (self.setup.probe.energy_ev, self.setup.probe.semiangle)
+        if (probe.energy_ev, probe.semiangle) != kept:
+            raise ValueError("energy and semi-angle cannot be changed while scanning")
+        setup = Setup(**{**self.setup.__dict__, "probe": probe, "method": method})
+        kernels = setup.make_kernels(self.device)
+        with self._compute_lock:
+            self.setup = setup
+            self._accumulator = self._make_accumulator(kernels)
+            rows = np.flatnonzero(self._ring.acquired)
+            for start in range(0, len(rows), BATCH_ROWS):
+                self._accumulator.add(rows[start : start + BATCH_ROWS])
+
+    def reset(self) -> None:
+        """Forget every row and the mean pattern; counters stay. Rows to come are shown as they come."""
+        with self._compute_lock:
+            self._accumulator.remove(np.flatnonzero(self._ring.acquired))
+            self._ring.pass_of_row[:] = -1
+            self._ring.frames[:] = 0
+            self._sums[:] = 0
+            self._decoder.forget()
+
+    @property
+    def counters(self) -> Counters:
+        """What became of the frames so far."""
+        missing = self._finished_missing
+        if missing is None:
+            missing = self._missing_before + sum(self._missing_in(row) for row in np.flatnonzero(self._ring.acquired))
+        return Counters(self._received, missing, self._duplicate, self._late, self._undecodable, self._outside)
+
+    @property
+    def passes_done(self) -> int:
+        """How many passes are over."""
+        with self._rows_lock:
+            return self._assembler.passes_done
+
+    @property
+    def rows_acquired(self) -> np.ndarray:
+        """bool (scan rows,): the rows that hold data."""
+        return self._ring.acquired
+
+    @property
+    def positions_received(self) -> np.ndarray:
+        """bool scan shape: the positions whose frame came."""
+        return self._ring.frames > 0
+
+    def object(self) -> np.ndarray:
+        """The complex object, complex64 scan shape; ones before the first row. See ``Accumulator.object``."""
+        with self._compute_lock:
+            mean_intensity = self._mean_intensity()
+            if mean_intensity is None:
+                return np.ones(self.setup.scan.shape, np.complex64)
+            return self._accumulator.object(mean_intensity)
+
+    def _mean_intensity(self) -> float | None:
+        """Mean counts of a frame; a missing frame counts as its row's mean, a missing row as the mean row."""
+        frames = self._ring.frames
+        rows = np.flatnonzero(frames.any(axis=1))
+        if len(rows) == 0:
+            return None
+        held = frames[rows] > 0
+        mean = np.where(held, self._sums[rows, :, TOTAL] / np.maximum(frames[rows], 1), 0)
+        intensity = float((mean.sum(axis=1) / held.sum(axis=1)).mean())
+        return intensity if intensity > 0 else None
+
+    def images(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Images by name (see ``stream.snapshot.IMAGE_UNITS``): float32, NaN where there is nothing yet."""
+        names = set(names)
+        out: dict[str, np.ndarray] = {}
+        with self._compute_lock:
+            acquired = self._ring.acquired
+            if names & {"phase", "amplitude"}:
+                obj = self.object()
+                obj[~acquired] = np.nan
+                out["phase"], out["amplitude"] = np.angle(obj), np.abs(obj)
+                out["phase"][~acquired] = np.nan
+            sums = (
+                np.where(self._ring.frames > 0, 1.0, np.nan)[..., None]
+                * self._sums
+                / np.maximum(self._ring.frames, 1)[..., None]
+            )
+        out["bright_field"] = sums[..., BRIGHT_FIELD]
+        out["dark_field"] = sums[..., TOTAL] - sums[..., BRIGHT_FIELD]
+        if names & {"com_row", "com_column"}:
+            out["com_row"], out["com_column"] = self._centre_of_mass(sums)
+        if "mean_pattern" in names:
+            out["mean_pattern"] = self._decoder.mean_pattern()
+        return {name: np.ascontiguousarray(image, np.float32) for name, image in out.items() if name in names}
+
+    def _centre_of_mass(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Centre of mass of each whole pattern relative to the disk's centre, in the scan frame [mrad].
+
+        CoM_scan = R(theta) T CoM_detector, with the rotation of the reconstruction.
+        """
+        geometry = self.setup.geometry
+        with np.errstate(invalid="ignore", divide="ignore"):
+            row, column = (
+                (sums[..., moment] / sums[..., TOTAL] - centre) * pixel
+                for moment, centre, pixel in zip(
+                    (MOMENT_ROW, MOMENT_COLUMN), geometry.bf_centre_px, geometry.pixel_mrad, strict=True
+                )
+            )
+        return self.setup.probe.axes.to_scan(row, column)

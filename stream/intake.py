@@ -1,0 +1,78 @@
+"""The way in: receiver and protocol decoder as one stream of messages. Live sessions, recording and ``check`` share it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from detectors.messages import FrameBlock, Message, SeriesId, SeriesStart, StreamDecoder, Undecodable
+from stream.receiver import Receiver
+
+#: Frames whose start message has not come are kept up to so many bytes: with several sockets, the start may take
+#: another way than the frames, and a publisher repeats it once a second.
+_ORPHAN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Nothing came for ``seconds`` (since the last message, or since the beginning)."""
+
+    seconds: float
+
+
+async def messages(
+    receiver: Receiver, decoder: StreamDecoder, tick_s: float = 0.25
+) -> AsyncIterator[Message | Silence]:
+    """Everything that arrives, in order; a ``Silence`` every ``tick_s`` while nothing does.
+
+    A block of frames points into the receiver's memory: it must not be used any more once the next item is asked for.
+    """
+    silent = 0.0
+    too_large = 0
+    while True:
+        lease = await receiver.get(tick_s)
+        if receiver.too_large > too_large:
+            yield Undecodable("a message was larger than the receiver takes; send fewer frames a message",
+                              receiver.too_large - too_large)  # fmt: skip
+            too_large = receiver.too_large
+        if lease is None:
+            silent += tick_s
+            yield Silence(silent)
+            continue
+        silent = 0.0
+        try:
+            for message in decoder.feed(lease.batch):
+                yield message
+        finally:
+            lease.release()
+
+
+class Orphans:
+    """Frames that came before the start message of their series."""
+
+    def __init__(self) -> None:
+        self._blocks: list[FrameBlock] = []
+        self._bytes = 0
+        self.lost = 0
+        """frames that nobody claimed in time"""
+
+    def keep(self, block: FrameBlock) -> None:
+        """Keep a block; the oldest ones go when there are too many."""
+        self._blocks.append(block.compact())
+        self._bytes += int(block.sizes.sum())
+        while self._bytes > _ORPHAN_BYTES:
+            oldest = self._blocks.pop(0)
+            self._bytes -= int(oldest.sizes.sum())
+            self.lost += len(oldest)
+
+    def claim(self, start: SeriesStart) -> list[FrameBlock]:
+        """The kept blocks of a series that has started now; those of others are let go."""
+        mine = [block for block in self._blocks if block.series == start.series]
+        self.lost += sum(len(block) for block in self._blocks if block.series != start.series)
+        self._blocks, self._bytes = [], 0
+        return mine
+
+    @property
+    def series(self) -> SeriesId | None:
+        """The series that frames are kept of, if any."""
+        return self._blocks[-1].series if self._blocks else None

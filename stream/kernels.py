@@ -1,0 +1,243 @@
+"""The kernel T(k;q) of each linear method, on the pruned half plane of scan frequencies.
+
+    Psi(q) = sum_k T(k;q) G(k,q),    G(k,q) = fft2 of the counts over the scan
+
+A method is one function of (probe, k, q) and one line in ``METHODS``. Counts are real, so G(k,-q) = conj(G(k,q)) and
+only the half plane qx >= 0 is ever transformed; ``Passband`` says which of its frequencies can be non-zero and how the
+other half follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from detectors.errors import ConfigurationError
+from stream.array import Device, namespace
+from stream.optics import Probe
+
+#: An overlap function below this counts as no overlap (py4DSTEM's threshold; see docs/mathematics.md).
+OVERLAP_THRESHOLD = 1e-3
+
+#: Matrix elements that are computed at a time (CPU, GPU): small enough for a core's cache, large enough for a GPU. One
+#: thread at 2^14 beat every two-thread variant: temporaries of other sizes cost page faults, and small ones the GIL.
+_BLOCK_ELEMENTS = {False: 1 << 14, True: 1 << 24}
+
+
+def overlap_function(probe: Probe, k: tuple[Any, Any], q: tuple[Any, Any]) -> Any:
+    """Gamma(k,q) = A*(k) A(k-q) - A(k) A*(k+q).
+
+    ``k``, ``q``: (row, column) components in the detector frame [1/Å], arrays that broadcast against each other.
+    Returns float32 for an aberration-free probe, else complex64, of the broadcast shape. Source: Pennycook et al.,
+    Ultramicroscopy 151 (2015) 160, with the phase compensation of Yang et al., Ultramicroscopy 180 (2017) 173.
+    """
+    centre = probe(*k)
+    minus = probe(k[0] - q[0], k[1] - q[1])
+    plus = probe(k[0] + q[0], k[1] + q[1])
+    return centre.conj() * minus - centre * plus.conj()
+
+
+@dataclass(frozen=True)
+class OverlapMasks:
+    """Where the disks of a hard aperture overlap at one scan frequency; bool, the broadcast shape of k and q.
+
+    ``aperture`` A(k); ``minus`` A(k-q) and ``plus`` A(k+q), the shifted apertures; ``double`` the single-sideband
+    region A(k) A(k-q) without the triple overlap; ``triple`` where all three meet.
+    """
+
+    aperture: Any
+    minus: Any
+    plus: Any
+
+    @property
+    def double(self) -> Any:
+        return self.aperture & self.minus & ~self.plus
+
+    @property
+    def triple(self) -> Any:
+        return self.aperture & self.minus & self.plus
+
+
+def overlap_masks(probe: Probe, k: tuple[Any, Any], q: tuple[Any, Any]) -> OverlapMasks:
+    """The overlap regions at scan frequency ``q``; components as in :func:`overlap_function`, aperture taken as hard."""
+
+    def inside(k_row: Any, k_column: Any) -> Any:
+        return probe.wavelength * namespace(k_row).sqrt(k_row * k_row + k_column * k_column) < probe.semiangle
+
+    return OverlapMasks(inside(*k), inside(k[0] - q[0], k[1] - q[1]), inside(k[0] + q[0], k[1] + q[1]))
+
+
+def ssb(probe: Probe, k: tuple[Any, Any], q: tuple[Any, Any]) -> Any:
+    """Both sidebands, phase compensated: conj(Gamma)/abs(Gamma) where abs(Gamma) > 1e-3, else 0."""
+    gamma = overlap_function(probe, k, q)
+    xp = namespace(gamma)
+    size = xp.abs(gamma)
+    return gamma.conj() * ((size > OVERLAP_THRESHOLD) / xp.maximum(size, np.float32(OVERLAP_THRESHOLD)))
+
+
+def ssb_single(probe: Probe, k: tuple[Any, Any], q: tuple[Any, Any]) -> Any:
+    """One sideband, the textbook form: 2 in the double overlap of hard disks, else 0. Aberrations are ignored."""
+    return 2 * overlap_masks(probe, k, q).double.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A linear method. ``antisymmetric`` means T(k;-q) = -conj(T(k;q)): the half plane then holds everything."""
+
+    name: str
+    weights: Callable[[Probe, tuple[Any, Any], tuple[Any, Any]], Any]
+    antisymmetric: bool
+    uses_aberrations: bool
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("ssb", ssb, antisymmetric=True, uses_aberrations=True),
+        Method("ssb-single", ssb_single, antisymmetric=False, uses_aberrations=False),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """Look a method up. Raises ``ConfigurationError`` naming the known ones."""
+    if name not in METHODS:
+        raise ConfigurationError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+@dataclass(frozen=True)
+class Passband:
+    """The scan frequencies that are computed, column by column (qx bins of the rfft), as flat *entries*.
+
+    ``columns[i] : columns[i + 1]`` are the entries of qx bin i; ``row`` int64 (entries,) is the qy bin of each.
+    An entry is *direct*, Psi(q) = sum_k T(k;q) G(k,q), or *mirrored*, Psi(-q) = conj(sum_k conj(T(k;-q)) G(k,q)).
+    """
+
+    scan_shape: tuple[int, int]
+    columns: np.ndarray
+    row: np.ndarray
+    mirrored: np.ndarray
+    follows: np.ndarray
+    """bool (entries,): Psi(-q) = -conj(Psi(q)) follows from this direct entry"""
+
+    @classmethod
+    def select(
+        cls, scan_shape: tuple[int, int], scan_step: tuple[float, float], cutoff: float, antisymmetric: bool
+    ) -> Passband:
+        """All q != 0 with abs(q) < ``cutoff`` [1/Å]; ``scan_step`` (row, column) [Å]."""
+        ny, nx = scan_shape
+        qy, qx = np.fft.fftfreq(ny, scan_step[0]), np.fft.fftfreq(nx, scan_step[1])
+        columns, rows, mirrored, follows = [0], [], [], []
+        for ix in range(nx // 2 + 1):
+            inside = np.flatnonzero(np.hypot(qy, qx[ix]) < cutoff)
+            if ix == 0:
+                inside = inside[inside != 0]
+            elif len(inside) == 0:
+                break
+            # Columns 0 and Nyquist are their own mirror images: every qy is computed there. On the row of the Nyquist
+            # frequency -q and q share a bin but not a kernel, so both signs are computed there too.
+            own_mirror = ix == 0 or 2 * ix == nx
+            nyquist = 2 * inside == ny
+            extra = inside[:0] if own_mirror else inside[nyquist] if antisymmetric else inside
+            rows += [inside, extra]
+            mirrored += [np.zeros(len(inside), bool), np.ones(len(extra), bool)]
+            derived = np.full(len(inside), antisymmetric and not own_mirror) & ~nyquist
+            follows += [derived, np.zeros(len(extra), bool)]
+            columns.append(columns[-1] + len(inside) + len(extra))
+        return cls(
+            scan_shape, np.array(columns), np.concatenate(rows), np.concatenate(mirrored), np.concatenate(follows)
+        )
+
+    @property
+    def entries(self) -> int:
+        return len(self.row)
+
+    @property
+    def column_count(self) -> int:
+        return len(self.columns) - 1
+
+    def column(self) -> np.ndarray:
+        """The qx bin of each entry, int64 (entries,)."""
+        return np.repeat(np.arange(self.column_count), np.diff(self.columns))
+
+    def frequencies(self, scan_step: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+        """The (row, column) components of the frequency that each entry's kernel is evaluated at [1/Å], scan frame."""
+        ny, nx = self.scan_shape
+        sign = np.where(self.mirrored, -1, 1)
+        return (
+            np.fft.fftfreq(ny, scan_step[0])[sign * self.row % ny],
+            np.fft.fftfreq(nx, scan_step[1])[sign * self.column() % nx],
+        )
+
+    def spectrum_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """How entries e fill the flat spectrum: ``psi[to] = e[source]``, ``psi[to_mirror] = sign * conj(e[source_mirror])``.
+
+        Returns (source, to, source_mirror * sign encoded as ±(source + 1), to_mirror), int64.
+        """
+        ny, nx = self.scan_shape
+        column = self.column()
+        flat, flat_mirror = self.row * nx + column, (-self.row % ny) * nx + (-column % nx)
+        source = np.flatnonzero(~self.mirrored)
+        explicit, derived = np.flatnonzero(self.mirrored), np.flatnonzero(self.follows)
+        signed = np.concatenate([explicit + 1, -(derived + 1)])
+        return source, flat[source], signed, flat_mirror[np.concatenate([explicit, derived])]
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """T(k;q) of one method and one optical setting, ready for the contraction.
+
+    ``weights``: (entries, K), float32 where the kernel is real, else complex64, on the device; mirrored entries hold
+    conj(T(k;-q)).
+    """
+
+    method: Method
+    passband: Passband
+    weights: Any
+
+    @property
+    def is_real(self) -> bool:
+        return self.weights.dtype == np.float32
+
+
+def table_bytes(passband: Passband, pixels: int, real: bool) -> int:
+    """Memory of a kernel table in bytes."""
+    return passband.entries * pixels * (4 if real else 8)
+
+
+def is_real_kernel(method: Method, probe: Probe) -> bool:
+    """Without aberrations A(k) is real, and so is every kernel made from it."""
+    return not (method.uses_aberrations and probe.aberrations.coefficients)
+
+
+def make_kernels(
+    method: Method,
+    probe: Probe,
+    k: tuple[np.ndarray, np.ndarray],
+    passband: Passband,
+    scan_step: tuple[float, float],
+    device: Device,
+) -> KernelTable:
+    """Evaluate the kernel at every entry of the passband.
+
+    ``k``: detector-frame components of the K bright-field pixels [1/Å], float64 (K,). ``scan_step`` [Å].
+    """
+    xp = device.xp
+    real = is_real_kernel(method, probe)
+    weights = xp.empty((passband.entries, len(k[0])), dtype=np.float32 if real else np.complex64)
+    k_device = (xp.asarray(k[0])[None, :], xp.asarray(k[1])[None, :])
+    q_row, q_column = (xp.asarray(q)[:, None] for q in probe.axes.to_detector(*passband.frequencies(scan_step)))
+    mirrored = xp.asarray(passband.mirrored)[:, None]
+
+    has_mirrored = bool(passband.mirrored.any())
+
+    step = max(1, _BLOCK_ELEMENTS[device.is_gpu] // max(1, len(k[0])))
+    for start in range(0, passband.entries, step):
+        part = slice(start, start + step)
+        block = method.weights(probe, k_device, (q_row[part], q_column[part]))
+        weights[part] = block if real or not has_mirrored else xp.where(mirrored[part], block.conj(), block)
+    return KernelTable(method, passband, weights)

@@ -1,0 +1,304 @@
+"""Reading a recording: the frames as they came, for replay and reconstruction. See ``stream.recording.layout``.
+
+A recording that nobody finished (the program died, the disk was full, it is still being written) is read up to its last
+flush.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from detectors.errors import DataFileError
+from detectors.messages import Encoding, FrameBlock, SeriesEnd, SeriesStart
+from stream.files.hdf5 import HDF5_ERRORS, explained, open_file, reason
+from stream.recording.layout import FILTER_MASKS, FILTERS, FORMAT, LZ4_HEADER, VERSION
+
+#: Defaults of ``Recording.blocks``.
+BLOCK_BYTES = 32 << 20
+BLOCK_FRAMES = 512
+
+_ENCODING_OF_MASK = {mask: encoding for encoding, mask in FILTER_MASKS.items()}
+_DTYPES = {np.dtype(f"<{code}") for code in ("u1", "u2", "u4", "f4")}
+
+#: Rows of the per-frame arrays that are read at a time.
+_ROWS_AT_A_TIME = 1 << 16
+
+_Damaged = dict[int, tuple[Encoding, int, int]]
+
+
+def is_recording(path: str | PathLike[str]) -> bool:
+    """Whether ``path`` is a recording by its mark. Reads a few kB and never raises: whatever cannot be read is none."""
+    try:
+        file, _ = _open(Path(path))
+    except DataFileError:
+        return False
+    with file:
+        try:
+            return bool(file.attrs.get("format") == FORMAT)
+        except HDF5_ERRORS:
+            return False
+
+
+def open_recording(path: str | PathLike[str]) -> Recording:
+    """Open a recording; the caller closes it.
+
+    Raises ``DataFileError`` when there is no such file, it is not a recording, or it is truncated or damaged.
+    """
+    path = Path(path)
+    file, regular = _open(path)
+    try:
+        with explained(path, "reading the recording"):
+            _require_ours(path, file)
+            recording = Recording(path, file)
+            if not regular:
+                recording.require_whole()
+            return recording
+    except BaseException:
+        file.close()
+        raise
+
+
+class Recording:
+    """An open recording. Use it as a context manager, or call :meth:`close`; made by :func:`open_recording`.
+
+    ``path``; ``start``: the series as it was announced, with the raw header; ``frames``: how many were recorded,
+    duplicates and damaged ones among them; ``protocol``, ``program_version``: of the recorded stream and the recorder;
+    ``complete``: whether the end message came; ``undecodable_messages``: how many came that the protocol could not read
+    (they were not kept); ``damaged_frames``: frames whose payload is not one whole frame; ``messages_start``,
+    ``messages_end``: raw message parts, none where nothing came.
+    """
+
+    def __init__(self, path: Path, file: Any) -> None:
+        """Take over the open ``file``, whose layout is known to be right."""
+        attrs, self._file, self._data, self.path = file.attrs, file, file["frames"], path
+        self.protocol, self.program_version = str(attrs["protocol"]), str(attrs["program_version"])
+        self.complete = bool(attrs["complete"])
+        self.undecodable_messages = int(attrs["undecodable_messages"])
+        self.frames = len(file["frame_index"])
+        self.messages_start, self.messages_end = self._message("start"), self._message("end")
+        scan, announced = attrs.get("scan_shape"), attrs.get("frames_announced")
+        self.start = SeriesStart(
+            json.loads(attrs["series"]),
+            (self._data.shape[1], self._data.shape[2]),
+            self._data.dtype.newbyteorder("<"),
+            None if scan is None else (int(scan[0]), int(scan[1])),
+            None if announced is None else int(announced),
+            json.loads(attrs["settings"]),
+            self.messages_start,
+        )
+        self._damaged = self._damaged_rows()
+        self.damaged_frames = len(self._damaged)
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Harmless when it is closed already."""
+        self._file.close()
+
+    @property
+    def detector_shape(self) -> tuple[int, int]:
+        """(rows, columns)"""
+        return self.start.detector_shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """of a frame, little-endian"""
+        return self.start.dtype
+
+    @property
+    def scan_shape(self) -> tuple[int, int] | None:
+        """(rows, columns), None where the stream did not say"""
+        return self.start.scan_shape
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration keys that the stream knew."""
+        return dict(self.start.settings)
+
+    @property
+    def end(self) -> SeriesEnd | None:
+        """The end of the series; None when no end message came."""
+        return SeriesEnd(self.start.series, self.messages_end) if self.complete else None
+
+    @property
+    def duration_s(self) -> float:
+        """From the arrival of the first frame to that of the last one [s]."""
+        if self.frames == 0:
+            return 0.0
+        times = self._file["arrival_time_ns"]
+        with explained(self.path, "reading the arrival times"):
+            return float(int(times[self.frames - 1]) - int(times[0])) / 1e9
+
+    def blocks(
+        self, max_bytes: int = BLOCK_BYTES, max_frames: int = BLOCK_FRAMES, *, keep_batches: bool = True
+    ) -> Iterator[FrameBlock]:
+        """All frames in order of arrival, their payloads packed as they came, each block in a slab of its own.
+
+        A block holds at most ``max_frames`` frames and ``max_bytes`` bytes (but at least one frame), all of one
+        encoding. With ``keep_batches`` it also holds frames of one arrival time only, as a replay in recorded time
+        needs; without, blocks are as full as they can be and ``time_ns`` is the first frame's.
+        Raises ``DataFileError`` naming the frame that cannot be read.
+        """
+        pending: list[tuple[int, int, bytes]] = []  # (index, time, payload)
+        size, encoding = 0, Encoding.RAW
+        for row, index, time_ns in self._rows():
+            its_encoding, payload = self._payload(row)
+            if pending and (
+                its_encoding is not encoding
+                or len(pending) >= max_frames
+                or size + len(payload) > max_bytes
+                or (keep_batches and time_ns != pending[0][1])
+            ):
+                yield self._block(encoding, pending)
+                pending, size = [], 0
+            pending.append((index, time_ns, payload))
+            size += len(payload)
+            encoding = its_encoding
+        if pending:
+            yield self._block(encoding, pending)
+
+    def describe(self) -> list[tuple[str, str]]:
+        """What the file holds, as (label, text) rows for a table."""
+        start, frame_bytes = self.start, self.start.frame_bytes
+        announced = "" if start.frames is None else f" of {start.frames} announced"
+        stored = self.path.stat().st_size
+        rows, columns = self.detector_shape
+        ratio = f", {self.frames * frame_bytes / stored:.3g} times less than the pixels" if self.frames else ""
+        described = [
+            ("file", str(self.path)),
+            ("layout", f"{FORMAT}, version {VERSION}, by liveptycho {self.program_version}"),
+            ("stream", f"{self.protocol}, series {start.series}"),
+            ("frames", f"{self.frames}{announced}"),
+            ("scan", f"{self.scan_shape[0]} x {self.scan_shape[1]} positions" if self.scan_shape else "not given"),
+            ("detector", f"{rows} x {columns} pixels"),
+            ("pixel type", self.dtype.name),
+            ("size", f"{stored / 1e6:.4g} MB{ratio}"),
+            ("duration", f"{self.duration_s:.4g} s"),
+            ("end", "the end message came" if self.complete else "no end message: the series was cut off"),
+        ]
+        if self.damaged_frames or self.undecodable_messages:
+            damaged = f"{self.damaged_frames} damaged frames (kept)"
+            described.append(("note", f"{damaged}, {self.undecodable_messages} undecodable messages (not kept)"))
+        described.extend((key, json.dumps(value, ensure_ascii=False)[:60]) for key, value in self.settings.items())
+        return described
+
+    def require_whole(self) -> None:
+        """Raise ``DataFileError`` when a part of the frames or of their arrays lies beyond the end of the file.
+
+        For a file that HDF5 only opens in SWMR mode, where it reads zeros there without a word.
+        """
+        stop = self.path.stat().st_size
+        for name in ("frames", "frame_index", "arrival_time_ns", "damaged/payloads"):
+            beyond: list[int] = []
+
+            def look(chunk: Any, beyond: list[int] = beyond) -> None:
+                if chunk.byte_offset + chunk.size > stop:
+                    beyond.append(chunk.chunk_offset[0])
+
+            self._file[name].id.chunk_iter(look)
+            if any(row < self.frames or name.startswith("damaged") for row in beyond):
+                raise DataFileError(
+                    f"{self.path}: a recording of {self.frames} frames was expected, the file ends before all of them "
+                    f"({stop} bytes); it was truncated, copy it again"
+                )
+
+    def _message(self, name: str) -> tuple[bytes, ...]:
+        data = self._file[f"messages/{name}"][...].tobytes()
+        stops = np.cumsum(self._file[f"messages/{name}_sizes"][...]).tolist()
+        return tuple(data[start:stop] for start, stop in zip([0, *stops], stops, strict=False))
+
+    def _damaged_rows(self) -> _Damaged:
+        """Row of /frames -> (encoding, first byte in the damaged payloads, size)."""
+        group = self._file["damaged"]
+        sizes = group["sizes"][...]
+        starts = np.cumsum(sizes) - sizes
+        columns = (group["at"][...].tolist(), group["encoding"][...].tolist(), starts.tolist(), sizes.tolist())
+        # The recorder may have died after it wrote these and before it counted their frames: columns can differ.
+        return {at: (Encoding(code), start, size) for at, code, start, size in zip(*columns, strict=False)
+                if at < self.frames}  # fmt: skip
+
+    def _rows(self) -> Iterator[tuple[int, int, int]]:
+        """(row of /frames, frame index, arrival time)."""
+        for first in range(0, self.frames, _ROWS_AT_A_TIME):
+            stop = min(first + _ROWS_AT_A_TIME, self.frames)
+            with explained(self.path, f"reading the numbers and times of frames {first} to {stop - 1}"):
+                indices = self._file["frame_index"][first:stop].tolist()
+                times = self._file["arrival_time_ns"][first:stop].tolist()
+            yield from zip(range(first, stop), indices, times, strict=True)
+
+    def _payload(self, row: int) -> tuple[Encoding, bytes]:
+        try:
+            if row in self._damaged:
+                encoding, start, size = self._damaged[row]
+                return encoding, self._file["damaged/payloads"][start : start + size].tobytes()
+            mask, chunk = self._data.id.read_direct_chunk((row, 0, 0))
+        except HDF5_ERRORS as error:
+            raise DataFileError(
+                f"{self.path}: frame {row} of {self.frames} cannot be read ({reason(error)}); the file or the disk is "
+                "damaged, copy the file again"
+            ) from error
+        if mask not in _ENCODING_OF_MASK:
+            raise DataFileError(f"{self.path}: frame {row} was repacked by another program; use the file as recorded")
+        encoding = _ENCODING_OF_MASK[mask]
+        return encoding, chunk[LZ4_HEADER.size :] if encoding is Encoding.LZ4 else chunk
+
+    def _block(self, encoding: Encoding, pending: list[tuple[int, int, bytes]]) -> FrameBlock:
+        payloads = [payload for _, _, payload in pending]
+        sizes = np.array([len(payload) for payload in payloads], np.int64)
+        return FrameBlock(
+            self.start.series,
+            encoding,
+            np.array([index for index, _, _ in pending], np.int64),
+            np.cumsum(sizes) - sizes,
+            sizes,
+            np.frombuffer(b"".join(payloads), np.uint8),
+            pending[0][1],
+        )
+
+
+def _open(path: Path) -> tuple[Any, bool]:
+    """The open ``h5py.File``, and whether HDF5 opened it as a finished file. Raises ``DataFileError``."""
+    try:
+        return open_file(path), True
+    except DataFileError as error:
+        # What was not closed properly opens only as what it was when it was last flushed.
+        try:
+            return h5py.File(path, "r", swmr=True), False
+        except HDF5_ERRORS:
+            raise error from None
+
+
+def _require_ours(path: Path, file: Any) -> None:
+    """Raise ``DataFileError`` unless ``file`` is a recording that this version reads."""
+    if file.attrs.get("format") != FORMAT:
+        raise DataFileError(f"{path}: a recording by liveptycho was expected, this is another HDF5 file")
+    version = file.attrs.get("version")
+    if version != VERSION:
+        raise DataFileError(
+            f"{path}: the recording has version {version} of its format, this program reads version {VERSION}; "
+            "use a newer liveptycho"
+        )
+    data = file["frames"]
+    properties = data.id.get_create_plist()
+    filters = tuple(properties.get_filter(i)[0] for i in range(properties.get_nfilters()))
+    if data.ndim != 3 or data.chunks != (1, *data.shape[1:]) or data.dtype not in _DTYPES or filters != FILTERS:
+        raise DataFileError(
+            f"{path}: /frames is not laid out as recorded (chunks {data.chunks} of {data.dtype}, filters {filters}); "
+            "another program has changed it, use the file as recorded"
+        )
+    if not len(file["frame_index"]) <= min(len(file["arrival_time_ns"]), len(data)):
+        raise DataFileError(f"{path}: the recording's arrays have different lengths; it is damaged, copy it again")

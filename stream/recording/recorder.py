@@ -1,0 +1,301 @@
+"""Writing a recording while its stream is received. ``stream.recording.layout`` has the layout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import hdf5plugin  # noqa: F401  - importing it registers the compression filters
+import numpy as np
+
+from detectors.codec import decode
+from detectors.errors import DataFileError
+from detectors.messages import Encoding, FrameBlock, SeriesEnd, SeriesStart
+from stream.files.hdf5 import HDF5_ERRORS, reason
+from stream.recording.layout import FILTER_MASKS, FILTERS, FORMAT, LZ4_HEADER, VERSION
+from stream.recording.payload_check import prepare, whole_frames
+
+#: Readable by HDF5 1.10 (2016) and later; older formats have no SWMR.
+_LIBVER = ("v110", "v110")
+#: Frames are safe from a dying program after this long [s], this many frames or this many bytes of damaged payloads.
+_FLUSH_S = 1.0
+_FLUSH_FRAMES = 16384
+_FLUSH_DAMAGED_BYTES = 8 << 20
+
+
+class Recorder:
+    """Writes one series to a new file. Use it as a context manager, or call :meth:`close`.
+
+    ``path``: the file; ``start``: the series; ``protocol``: name of its stream protocol; ``program_version``: of the
+    writer. An existing file is refused unless ``overwrite``. Every method blocks and none is safe to call from two
+    threads at a time: use one worker thread. Raises ``DataFileError`` when the file cannot be made.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        start: SeriesStart,
+        protocol: str,
+        program_version: str,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.start = start
+        self.frames = 0
+        """frames written, damaged ones among them"""
+        self.bytes = 0
+        """size of their payloads"""
+        self.damaged = 0
+        """frames whose payload was not one whole frame"""
+        self._failure: str | None = None
+        self._undecodable = 0
+        self._index: list[np.ndarray] = []
+        self._times: list[np.ndarray] = []
+        self._waiting = 0
+        self._damaged: list[tuple[int, Encoding, bytes]] = []
+        self._flushed = time.monotonic()
+        prepare()
+        existed = self.path.exists()
+        try:
+            self._file = h5py.File(self.path, "w" if overwrite else "x", libver=_LIBVER)
+        except HDF5_ERRORS as error:
+            raise DataFileError(f"{self.path}: {_why_not_created(self.path, error)}") from error
+        try:
+            self._frames_dataset = self._lay_out(protocol, program_version)
+            self._file.swmr_mode = True
+            self._file.flush()
+        except HDF5_ERRORS as error:
+            self._abandon()
+            if not existed:
+                self.path.unlink(missing_ok=True)
+            raise DataFileError(f"{self.path}: the recording cannot be started ({_why(error)})") from error
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, block: FrameBlock) -> None:
+        """Append the frames of ``block``, which must belong to this series, with its arrival time.
+
+        The slab is read during the call only. A payload that is not one whole frame is kept beside the others, see
+        the layout. Raises ``DataFileError`` when the file cannot take the frames (disk full, for one), from then on
+        at every call: what was flushed before remains readable.
+        """
+        if block.series != self.start.series:
+            raise ValueError(f"a block of series {block.series!r} in the recording of series {self.start.series!r}")
+        self._require_open()
+        whole = whole_frames(block, self.start.frame_bytes, self.start.dtype.itemsize)
+        try:
+            self._frames_dataset.resize(self.frames + len(block), axis=0)
+            self._write_chunks(block, whole)
+            self._index.append(np.array(block.indices, np.int64))
+            self._times.append(np.full(len(block), block.time_ns, np.int64))
+            self._waiting += len(block)
+            if (
+                self._waiting >= _FLUSH_FRAMES
+                or time.monotonic() - self._flushed >= _FLUSH_S
+                or sum(len(payload) for _, _, payload in self._damaged) >= _FLUSH_DAMAGED_BYTES
+            ):
+                self._flush()
+        except HDF5_ERRORS as error:
+            raise self._failed(error) from error
+
+    def undecodable(self, messages: int = 1) -> None:
+        """Count messages that the protocol could not read; they themselves are not kept."""
+        self._undecodable += messages
+
+    def flush(self) -> None:
+        """Make everything so far safe from the end of this program. :meth:`write` does it once a second by itself, so
+        this is for a stream that pauses. Raises ``DataFileError``.
+        """
+        self._require_open()
+        try:
+            self._flush()
+        except HDF5_ERRORS as error:
+            raise self._failed(error) from error
+
+    def end(self, end: SeriesEnd | None) -> None:
+        """The series is over: keep its end message; None when none came, and the recording stays incomplete.
+
+        Frames that come late can still be written. Raises ``DataFileError``.
+        """
+        self._require_open()
+        try:
+            if end is not None and not self._file.attrs["complete"]:
+                self._append_message("end", end.header)
+                self._file.attrs.modify("complete", np.bool_(True))
+            self._flush()
+        except HDF5_ERRORS as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Write what is left and close the file. Harmless when it is closed already.
+
+        Raises ``DataFileError`` when that fails, unless an earlier call has raised already.
+        """
+        if not self._file:
+            return
+        try:
+            if self._failure is None:
+                self._flush()
+                self._file.close()
+        except HDF5_ERRORS as error:
+            raise self._failed(error) from error
+        finally:
+            self._abandon()
+
+    def _lay_out(self, protocol: str, program_version: str) -> Any:
+        """Make every attribute and dataset, none of which can be added in SWMR mode; returns /frames."""
+        start, file = self.start, self._file
+        file.attrs.update(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "protocol": protocol,
+                "program_version": program_version,
+                "series": json.dumps(start.series),
+                "settings": json.dumps(dict(start.settings), default=_jsonable, skipkeys=True),
+                "complete": np.bool_(False),
+                "undecodable_messages": 0,
+            }
+        )
+        if start.scan_shape is not None:
+            file.attrs["scan_shape"] = np.array(start.scan_shape, np.int64)
+        if start.frames is not None:
+            file.attrs["frames_announced"] = start.frames
+        for name, dtype in (
+            ("frame_index", np.int64), ("arrival_time_ns", np.int64),
+            ("messages/start", np.uint8), ("messages/start_sizes", np.int64),
+            ("messages/end", np.uint8), ("messages/end_sizes", np.int64),
+            ("damaged/at", np.int64), ("damaged/encoding", np.uint8),
+            ("damaged/sizes", np.int64), ("damaged/payloads", np.uint8),
+        ):  # fmt: skip
+            file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(4096,))
+        self._append_message("start", start.header)
+        # h5py's own interface attaches one compression filter at most.
+        rows, columns = start.detector_shape
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((1, rows, columns))
+        properties.set_filter(FILTERS[0], h5py.h5z.FLAG_OPTIONAL, (0,))
+        properties.set_filter(FILTERS[1], h5py.h5z.FLAG_OPTIONAL, (0, 2))  # default block size, LZ4
+        space = h5py.h5s.create_simple((0, rows, columns), (h5py.h5s.UNLIMITED, rows, columns))
+        kind = h5py.h5t.py_create(start.dtype.newbyteorder("<"))
+        h5py.h5d.create(file.id, b"frames", kind, space, properties).close()
+        return file["frames"]
+
+    def _write_chunks(self, block: FrameBlock, whole: np.ndarray) -> None:
+        write, slab, encoding = self._frames_dataset.id.write_direct_chunk, memoryview(block.slab), block.encoding  # type: ignore[arg-type]
+        mask = FILTER_MASKS[encoding]
+        offsets, sizes = block.offsets.tolist(), block.sizes.tolist()
+        for offset, size, is_whole in zip(offsets, sizes, whole.tolist(), strict=True):
+            payload = slab[offset : offset + size]
+            if not is_whole:
+                self._damaged.append((self.frames, encoding, bytes(payload)))
+                self.damaged += 1
+            elif encoding is Encoding.LZ4:
+                self._write_lz4(payload)
+            else:
+                write((self.frames, 0, 0), payload, mask)
+            self.frames += 1
+            self.bytes += size
+
+    def _write_lz4(self, payload: memoryview) -> None:
+        start, where = self.start, (self.frames, 0, 0)
+        nbytes = start.frame_bytes
+        if len(payload) == nbytes:
+            # The LZ4 filter takes a block of the size of its contents for one that is not packed.
+            frame = decode(payload, Encoding.LZ4, start.detector_shape, start.dtype)
+            self._frames_dataset.id.write_direct_chunk(where, frame, FILTER_MASKS[Encoding.RAW])
+            return
+        chunk = b"".join((LZ4_HEADER.pack(nbytes, nbytes, len(payload)), payload))
+        self._frames_dataset.id.write_direct_chunk(where, chunk, FILTER_MASKS[Encoding.LZ4])
+
+    def _flush(self) -> None:
+        if self._damaged:
+            at, encodings, payloads = zip(*self._damaged, strict=True)
+            self._append("damaged/at", np.array(at, np.int64))
+            self._append("damaged/encoding", np.array(encodings, np.uint8))
+            self._append("damaged/sizes", np.array([len(payload) for payload in payloads], np.int64))
+            self._append("damaged/payloads", np.frombuffer(b"".join(payloads), np.uint8))
+            self._damaged.clear()
+        if self._file.attrs["undecodable_messages"] != self._undecodable:
+            self._file.attrs.modify("undecodable_messages", self._undecodable)
+        if self._waiting:
+            self._append("arrival_time_ns", np.concatenate(self._times))
+            # The frames must be there before the index says so, or a reader would find frames that are not.
+            self._file.flush()
+            self._append("frame_index", np.concatenate(self._index))
+            self._index.clear()
+            self._times.clear()
+            self._waiting = 0
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def _append_message(self, name: str, parts: tuple[bytes, ...]) -> None:
+        self._append(f"messages/{name}", np.frombuffer(b"".join(parts), np.uint8))
+        self._append(f"messages/{name}_sizes", np.array([len(part) for part in parts], np.int64))
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        if len(values):
+            dataset = self._file[name]
+            length = len(dataset)
+            dataset.resize(length + len(values), axis=0)
+            dataset[length:] = values
+
+    def _require_open(self) -> None:
+        if self._failure is not None:
+            raise DataFileError(self._failure)
+        if not self._file:
+            raise ValueError("the recording is closed")
+
+    def _failed(self, error: BaseException) -> DataFileError:
+        self._failure = (
+            f"{self.path}: recording failed ({_why(error)}) after {self.frames} frames; what was written up to about a "
+            "second before remains readable. Free some space or record to another disk"
+        )
+        return DataFileError(self._failure)
+
+    def _abandon(self) -> None:
+        """Close the file, whatever HDF5 says: it has been said already."""
+        for _ in range(2):  # where the first call fails to write, the second still lets go of the file
+            with contextlib.suppress(*HDF5_ERRORS):
+                self._file.close()
+
+
+def _jsonable(value: Any) -> Any:
+    """Settings that JSON does not know: arrays and NumPy numbers as numbers, anything else as its text."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+def _why(error: BaseException) -> str:
+    """HDF5's paragraph about a failed write, or the operating system's few words in it."""
+    text = reason(error)
+    found = re.search(r"error message = '([^']+)'", text)
+    return found[1] if found else text
+
+
+def _why_not_created(path: Path, error: BaseException) -> str:
+    parent = path.parent
+    if path.is_dir():
+        return "a file to record to was expected, this is a directory; name a file in it"
+    if isinstance(error, FileExistsError) or "file exists" in str(error).lower():
+        return "the file exists and a recording does not replace it; choose another name or allow overwriting"
+    if not parent.is_dir():
+        return f"there is no directory {parent}; make it, or record elsewhere"
+    if isinstance(error, PermissionError) or "Permission denied" in str(error):
+        return f"writing to {parent} is not permitted; change its permissions or record elsewhere"
+    if isinstance(error, BlockingIOError):
+        return "another program has this file open; close it there or choose another name"
+    return f"the file cannot be made ({_why(error)}); check the disk or record elsewhere"

@@ -1,0 +1,135 @@
+"""The result file: HDF5 with NeXus attributes, so that generic viewers plot it, and enough to do it all again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from detectors.errors import DataFileError
+from stream.config import Parameters
+from stream.engine import Setup
+from stream.snapshot import Counters
+
+
+@dataclass(frozen=True)
+class Result:
+    """A reconstruction, finished or not.
+
+    ``object`` complex64 scan shape, dimensionless, mean 1; ``images``: see ``stream.snapshot.IMAGE_UNITS``, float32,
+    NaN where nothing came; ``positions_received`` bool scan shape.
+    """
+
+    object: np.ndarray
+    images: Mapping[str, np.ndarray]
+    positions_received: np.ndarray
+    parameters: Parameters
+    setup: Setup
+    counters: Counters
+    source: str
+    passes: int
+
+    @property
+    def phase(self) -> np.ndarray:
+        """arg of the object [rad], float32 scan shape; NaN in rows that were not acquired."""
+        return self.images["phase"]
+
+    def save(self, path: Path) -> None:
+        """Write the result file; an existing one is replaced once the new one is complete.
+
+        Raises ``DataFileError`` when it cannot be written.
+        """
+        unfinished = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with h5py.File(unfinished, "w") as file:
+                self._write(file)
+            unfinished.replace(path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise DataFileError(f"cannot write the result {path}: {error.strerror or error}") from None
+
+    def _write(self, file: Any) -> None:
+        step = self.setup.scan_step
+        file.attrs.update({
+            "NX_class": "NXroot", "default": "reconstruction", "creator": "liveptycho", "format": "liveptycho-result",
+            "program_version": version("liveptycho"), "source": self.source,
+        })  # fmt: skip
+        entry = file.create_group("reconstruction")
+        entry.attrs.update({"NX_class": "NXentry", "default": "phase"})
+        entry["title"] = f"{self.setup.method.name} reconstruction of {self.source}"
+        # The arrays themselves stand at the root, under plain names; the NXdata groups link to them.
+        phase = {"phase": (self.images["phase"], "rad"), "amplitude": (self.images["amplitude"], "1"), "object": (self.object, "1"),
+                 "virtual/bright_field": (self.images["bright_field"], "counts"), "virtual/dark_field": (self.images["dark_field"], "counts")}  # fmt: skip
+        for name, (image, unit) in phase.items():
+            file[name] = image
+            file[name].attrs["units"] = unit
+        file["com"] = np.stack([self.images["com_row"], self.images["com_column"]])
+        file["com"].attrs.update(
+            {"units": "mrad", "components": ["row", "column"], "frame": "scan axes, relative to bf_centre_px"}
+        )
+        file["mean_pattern"] = self.images["mean_pattern"]
+        file["mean_pattern"].attrs["units"] = "counts/frame"
+        file["positions_received"] = self.positions_received
+        file["pixel_mask"] = self.setup.geometry.good.astype(np.uint8)
+        file["pixel_mask"].attrs["meaning"] = "1 = good"
+        rows, columns = self.setup.scan.shape
+        for axis, count, length in (("row", rows, step[0]), ("column", columns, step[1])):
+            file[f"axes/{axis}"] = np.arange(count) * length
+            file[f"axes/{axis}"].attrs["units"] = "angstrom"
+        for name in ("phase", "amplitude", "virtual/bright_field", "virtual/dark_field"):
+            short = name.rpartition("/")[2]
+            data = entry.create_group(short)
+            data.attrs.update({"NX_class": "NXdata", "signal": short, "axes": ["row", "column"]})
+            data[short] = file[name]
+            data["row"], data["column"] = file["axes/row"], file["axes/column"]
+        file.attrs.update(self._attributes())
+
+    def _attributes(self) -> dict[str, Any]:
+        values = {
+            key: np.nan if value is None else json.dumps(value) if isinstance(value, Mapping) else value
+            for key, value in self.parameters.values.items()
+        }
+        out: dict[str, Any] = {
+            key: value for key, value in values.items() if not (isinstance(value, float) and np.isnan(value))
+        }
+        out.update({f"C_{symbol}": number for symbol, number in self.parameters.values["aberrations"].items()})
+        out["wavelength_angstrom"] = self.setup.probe.wavelength
+        out["mean_frames_per_position"] = float(self.passes) if self.setup.averaging else 1.0
+        out["passes"] = self.passes
+        out.update({f"frames_{name}": count for name, count in self.counters.as_dict().items()})
+        out["sources"] = json.dumps(dict(self.parameters.sources))
+        out["configuration"] = self.parameters.as_toml()
+        return out
+
+
+def is_result(path: Path) -> bool:
+    """Whether ``path`` is a result file of this program. Never raises."""
+    try:
+        with h5py.File(path) as file:
+            return bool(file.attrs.get("format") == "liveptycho-result")
+    except OSError:
+        return False
+
+
+def describe_result(path: Path) -> list[tuple[str, str]]:
+    """What a result file holds, as (label, text) rows. Raises ``DataFileError``."""
+    try:
+        with h5py.File(path) as file:
+            rows = [("file", str(path)), ("layout", "liveptycho result")]
+            rows += [
+                (name, f"{item.dtype.name} {item.shape}")
+                for name, item in file.items()
+                if isinstance(item, h5py.Dataset)
+            ]
+            rows += [(key, str(value)) for key, value in file.attrs.items()
+                     if key not in ("NX_class", "default", "creator", "format", "sources")]  # fmt: skip
+            return rows
+    except OSError as error:
+        raise DataFileError(f"{path}: the result cannot be read ({error})") from None

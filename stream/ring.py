@@ -1,0 +1,83 @@
+"""RowRing: the newest scan rows, as bright-field pixels in their native dtype, in device memory.
+
+One slot a scan row. A row of a newer pass takes the slot of the older one, or is added to it when passes are averaged.
+Everything that is ever shown can be made again from here: new optics need no new scan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from stream.array import Device
+
+
+def ring_dtype(dtype: np.dtype, averaging: bool) -> np.dtype:
+    """Counts are kept as they came; sums over passes need room for 65,537 passes of 16-bit counts."""
+    if not averaging:
+        return dtype
+    return np.dtype("f4") if dtype.kind == "f" else np.dtype("u4")
+
+
+def ring_bytes(scan_shape: tuple[int, int], pixels: int, dtype: np.dtype, averaging: bool) -> int:
+    """Device memory of a ring, in bytes: it never takes more."""
+    return scan_shape[0] * scan_shape[1] * pixels * ring_dtype(dtype, averaging).itemsize
+
+
+class RowRing:
+    """``scan_shape`` (rows, columns), ``pixels`` K, ``dtype`` of the counts. Not thread-safe: the engine locks."""
+
+    def __init__(
+        self, scan_shape: tuple[int, int], pixels: int, dtype: np.dtype, device: Device, averaging: bool
+    ) -> None:
+        self.scan_shape = scan_shape
+        self.averaging = averaging
+        self.pass_of_row = np.full(scan_shape[0], -1, np.int64)
+        self.frames = np.zeros(scan_shape, np.int32)
+        """int32 ``scan_shape``: frames held at each position; 0 or 1 unless passes are averaged"""
+        self._device = device
+        self._counts = device.xp.empty((*scan_shape, pixels), ring_dtype(dtype, averaging))
+
+    @property
+    def acquired(self) -> np.ndarray:
+        """bool (scan rows,): which rows hold anything."""
+        return self.pass_of_row >= 0
+
+    def commit(self, row: int, pass_: int, counts: np.ndarray, received: np.ndarray) -> None:
+        """Take over a row, or the late rest of one: ``counts`` (columns, K) on the host, ``received`` bool (columns,)."""
+        slot = self._counts[row]
+        fresh = self.pass_of_row[row] < 0 or (pass_ != self.pass_of_row[row] and not self.averaging)
+        if received.all():
+            new: Any = self._device.xp.asarray(counts)
+            if fresh or not self.averaging:
+                slot[...] = new
+            else:
+                slot += new
+        else:
+            # Columns without a frame are never read, so a fresh slot needs no clearing.
+            columns = np.flatnonzero(received)
+            first = fresh | (self.frames[row, columns] == 0)
+            slot[columns[first]] = self._device.xp.asarray(counts[columns[first]])
+            if not first.all():
+                slot[columns[~first]] += self._device.xp.asarray(counts[columns[~first]])
+        self.frames[row] = received if fresh else self.frames[row] + received
+        self.pass_of_row[row] = max(pass_, self.pass_of_row[row])
+
+    def filled(self, rows: np.ndarray) -> Any:
+        """The rows as mean counts a frame, float32 (len(rows), columns, K) on the device.
+
+        A position without a frame holds its row's mean pattern. ``rows`` must be acquired.
+        """
+        xp = self._device.xp
+        out = xp.empty((len(rows), *self._counts.shape[1:]), np.float32)
+        for i, row in enumerate(rows):
+            out[i] = self._counts[row]
+            frames = self.frames[row]
+            if (frames == 1).all():
+                continue
+            held = xp.asarray(frames > 0)
+            out[i][held] /= xp.asarray(frames[frames > 0], dtype=np.float32)[:, None]
+            if not (frames > 0).all():
+                out[i][~held] = out[i][held].mean(axis=0)
+        return out

@@ -1,0 +1,73 @@
+"""From a frame's index to its place in the scan: pass, row and column. Arrival order plays no part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from detectors.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class ScanPattern:
+    """How the beam goes over the specimen.
+
+    ``shape`` (rows, columns) of the scan. After each row come ``flyback_frames_per_row`` frames that belong to no
+    position, and after each pass ``flyback_frames_per_pass``. With ``serpentine``, every second row runs backwards.
+    ``positions``: instead of all this, int64 (frames per pass, 2) the (row, column) of each frame, negative for a frame
+    that belongs to none; every position may occur once. Raises ``ConfigurationError`` for impossible values.
+    """
+
+    shape: tuple[int, int]
+    flyback_frames_per_row: int = 0
+    flyback_frames_per_pass: int = 0
+    serpentine: bool = False
+    positions: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1 or min(self.flyback_frames_per_row, self.flyback_frames_per_pass) < 0:
+            raise ConfigurationError(
+                f"a scan needs at least 1x1 positions and no negative numbers of flyback frames, got {self.shape}, "
+                f"{self.flyback_frames_per_row} per row, {self.flyback_frames_per_pass} per pass"
+            )
+        if self.positions is None:
+            return
+        table = self.positions
+        if table.ndim != 2 or table.shape[1] != 2 or not np.issubdtype(table.dtype, np.integer):
+            raise ConfigurationError(f"a position table is integers (frames, 2), got {table.dtype} {table.shape}")
+        if self.flyback_frames_per_row or self.serpentine:
+            raise ConfigurationError(
+                "a position table already says where each frame lies: no flyback per row, no serpentine"
+            )
+        used = table[(table >= 0).all(axis=1)]
+        if len(used) == 0 or (used >= np.array(self.shape)).any():
+            raise ConfigurationError(
+                f"a position of the table lies outside the scan of {self.shape[0]}x{self.shape[1]}"
+            )
+        if len(np.unique(used[:, 0] * self.shape[1] + used[:, 1])) != len(used):
+            raise ConfigurationError("a position occurs twice in the position table")
+
+    @property
+    def frames_per_pass(self) -> int:
+        """Frames from the start of one pass to the start of the next, flyback included."""
+        body = (
+            self.shape[0] * (self.shape[1] + self.flyback_frames_per_row)
+            if self.positions is None
+            else len(self.positions)
+        )
+        return body + self.flyback_frames_per_pass
+
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(pass, row, column) of each frame index, int64 arrays; row and column are -1 where a frame has no position."""
+        passes, within = np.divmod(indices, self.frames_per_pass)
+        if self.positions is not None:
+            outside = within >= len(self.positions)
+            row, column = self.positions[np.where(outside, 0, within)].T
+            outside |= (row < 0) | (column < 0)
+        else:
+            row, column = np.divmod(within, self.shape[1] + self.flyback_frames_per_row)
+            outside = (row >= self.shape[0]) | (column >= self.shape[1])
+            if self.serpentine:
+                column = np.where(row % 2 == 1, self.shape[1] - 1 - column, column)
+        return passes, np.where(outside, -1, row), np.where(outside, -1, column)
