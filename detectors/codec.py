@@ -47,7 +47,7 @@ def encode(frame: np.ndarray, encoding: Encoding) -> bytes:
     library = bitshuffle_library()
     block = BLOCK_BYTES // frame.itemsize
     out = np.empty(12 + library.bshuf_compress_lz4_bound(frame.size, frame.itemsize, block), dtype=np.uint8)
-    struct.pack_into(">QI", out, 0, frame.nbytes, BLOCK_BYTES)
+    struct.pack_into(">QI", out.data, 0, frame.nbytes, BLOCK_BYTES)
     size = library.bshuf_compress_lz4(frame.ctypes.data, out.ctypes.data + 12, frame.size, frame.itemsize, block)
     if size < 0:
         raise RuntimeError(f"bitshuffle failed with code {size}")
@@ -77,14 +77,14 @@ def decode(
 def _decode_bslz4(data: np.ndarray, nbytes: int, itemsize: int) -> np.ndarray:
     if data.nbytes < 12:
         raise ProtocolError(f"a bslz4 payload of {data.nbytes} bytes is shorter than its header")
-    total, block = struct.unpack_from(">QI", data, 0)
+    total, block = struct.unpack_from(">QI", data.data, 0)
     block = block or BLOCK_BYTES
     if total != nbytes or block % (8 * itemsize):
         raise ProtocolError(f"a bslz4 payload of {total} bytes in blocks of {block}; the frame has {nbytes} bytes")
     # The library trusts its input's block lengths, so they are checked here first.
     end, left = 12, nbytes - nbytes % (8 * itemsize)
     while left > 0 and end + 4 <= data.nbytes:
-        end += 4 + struct.unpack_from(">I", data, end)[0]
+        end += 4 + struct.unpack_from(">I", data.data, end)[0]
         left -= block
     if left > 0 or end + nbytes % (8 * itemsize) != data.nbytes:
         raise ProtocolError(f"a truncated bslz4 payload of {data.nbytes} bytes")

@@ -55,7 +55,7 @@ class ReceivedBatch:
     def part(self, index: int) -> memoryview:
         """The bytes of one part, without a copy."""
         start = int(self.offsets[index])
-        return memoryview(self.slab)[start : start + int(self.lengths[index])]
+        return self.slab[start : start + int(self.lengths[index])].data
 
     def messages(self) -> Iterator[range]:
         """The part numbers of each message, in order of arrival."""

@@ -6,6 +6,7 @@ the message types only, does not wait for the whole engine.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    from stream import api
-
+    # Not `from stream import api`: that asks here for `api` first.
+    api = importlib.import_module("stream.api")
     if name in api.__all__:
         return getattr(api, name)
     raise AttributeError(f"module 'stream' has no attribute {name!r}")

@@ -4,8 +4,8 @@
     C_y(qy,qx)  = sum_k T(k;qy,qx) F_y(k,qx)              one matrix product per qx, for a batch of rows
     Psi(qy,qx) += exp(-2 pi i qy y / Ny) C_y(qy,qx)
 
-Psi is summed in double precision, and a row is taken out again by exactly the numbers with which it was put in (they are
-kept while passes go round): nothing accumulates rounding, however long the microscope scans.
+Psi is summed in double precision, and a row is taken out again by exactly the numbers with which it was put in (they
+are kept while passes go round): nothing accumulates rounding, however long the microscope scans.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ def open_session(
     publish: str | None = None,
     follow: bool = False,
     timeout_s: float | None = None,
+    series_timeout_s: float | None = None,
     config: str | Path | None = None,
     **settings: Any,
 ) -> Session:
@@ -105,6 +106,7 @@ def open_session(
             publish=publish,
             follow=follow,
             timeout_s=timeout_s,
+            series_timeout_s=series_timeout_s,
         )
     )
 

@@ -52,7 +52,7 @@ class RowAssembler:
         self._held = np.zeros(scan_shape, bool)
 
     def classify(self, passes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which frames are late (of an older pass than their row's newest) and which are duplicates: two bool arrays."""
+        """Which frames are late (of an older pass than their row's newest), and which duplicates: two bool arrays."""
         newest = self._newest_pass[rows]
         late = passes < newest
         return late, ~late & (passes == newest) & self._held[rows, columns]

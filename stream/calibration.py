@@ -11,11 +11,10 @@ The way of a pattern:
    narrow one in which disk and background may vary around the circle, as they do behind a crystal.
 4. Dead pixels: far too dark inside the disk. They are left out of the second fit.
 
-What the radius means. The aperture of this project is an *amplitude* (docs: A(k)), so the radius is where the amplitude
-is one half, that is where the intensity has fallen to one quarter. It is exact for the one-pixel amplitude ramp of
-abTEM and quantem. An aperture with py4DSTEM's ``rolloff`` ends half a rolloff further out. An edge blurred as an
-intensity (a sharp aperture seen by a detector's point spread) has its true radius at half the height instead, which is
-``half_height_radius_px``, a fraction of ``edge_px`` further in.
+What the radius means. The aperture A(k) is an *amplitude*, so the radius is where the amplitude is one half, that is
+where the intensity has fallen to one quarter. It is exact for the one-pixel amplitude ramp of abTEM and quantem. An
+aperture with py4DSTEM's ``rolloff`` ends half a rolloff further out. An edge blurred as an intensity (a sharp aperture
+seen by a detector's point spread) has its true radius at half the height instead: ``half_height_radius_px`` is close.
 
 Pixels are taken as square: on other detectors the disk is an ellipse, which is fitted by a circle of about mean radius.
 """
@@ -87,7 +86,8 @@ def find_bf_disk(
 
     ``mean_pattern`` (rows, columns), any real dtype, counts: the mean of ``frames`` frames (None: unknown, the noise is
     then judged from the pattern alone). ``good`` bool of the same shape, False = masked pixel. ``centre_px`` (row,
-    column) and ``radius_px`` [px], where given, are kept, and only the rest is fitted. Non-finite pixels count as bad.
+    column) and ``radius_px`` [px], where given, are kept, and only the rest is fitted; with both given, only the bad
+    pixels are looked for. Non-finite pixels count as bad.
 
     Raises ``ConfigurationError`` when no disk with a visible edge is there, or an argument does not fit the pattern.
     Method and definition of the radius: see the module.
@@ -96,10 +96,10 @@ def find_bf_disk(
     usable = _checked_mask(pattern, good, centre_px, radius_px)
     masked = ~usable
     usable &= np.isfinite(pattern)
-    if usable.sum() < 0.25 * pattern.size:
-        raise _no_disk(f"only {usable.sum()} of {pattern.size} pixels hold usable numbers")
     pattern[~usable] = 0.0
     given = _Circle(centre_px, radius_px) if centre_px is not None and radius_px is not None else None
+    if given is None and usable.sum() < 0.25 * pattern.size:
+        raise _no_disk(f"only {usable.sum()} of {pattern.size} pixels hold usable numbers")
     if given is None and not (pattern > 0).any():
         raise _no_disk("the mean pattern is empty: no good pixel has counted anything")
 
@@ -228,7 +228,7 @@ def _electrons_per_unit(pattern: np.ndarray, usable: np.ndarray, frames: int | N
 
 def _filled(pattern: np.ndarray, usable: np.ndarray) -> np.ndarray:
     """``pattern`` with each unusable pixel replaced by the nearest usable one."""
-    if usable.all():
+    if usable.all() or not usable.any():
         return pattern
     nearest = ndimage.distance_transform_edt(~usable, return_distances=False, return_indices=True)
     return pattern[tuple(nearest)]
@@ -405,9 +405,14 @@ def _fit_edge(
         return residual, np.vstack([(weight * jacobian).T, np.diag(1.0 / prior_sigma)])[:, free]
 
     fit = optimize.least_squares(
-        lambda x: model(x)[0], start[free], jac=lambda x: model(x)[1], bounds=(lower[free], upper[free]),
-        loss="soft_l1", x_scale="jac", max_nfev=60,
-    )  # fmt: skip
+        lambda x: model(x)[0],
+        start[free],
+        jac=lambda x: model(x)[1],
+        bounds=(lower[free], upper[free]),
+        loss="soft_l1",
+        x_scale="jac",
+        max_nfev=60,
+    )
     x, sigma = start.copy(), np.zeros_like(start)
     x[free] = fit.x
     residual, jacobian = model(fit.x)

@@ -81,8 +81,12 @@ async def _reach(address: str, timeout_s: float) -> Finding:
     except socket.gaierror:
         return Finding("connection", "ERROR", f"there is no host called {host!r}")
     except OSError:
-        return Finding("connection", "ERROR", f"nobody listens on {host} port {port}: is the detector's stream switched on? (if the "
-                       "detector connects to this program instead, use --bind)")  # fmt: skip
+        return Finding(
+            "connection",
+            "ERROR",
+            f"nobody listens on {host} port {port}: is the detector's stream switched on? (if the "
+            "detector connects to this program instead, use --bind)",
+        )
     greeting = b""
     with suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
         async with asyncio.timeout(1.0):
@@ -140,7 +144,7 @@ class _Seen:
                 Finding(
                     "messages",
                     "ERROR",
-                    f"{self.unreadable} message(s) are not {protocol}: {self.reason}; is another --protocol spoken here?",
+                    f"{self.unreadable} message(s) are not {protocol}: {self.reason}; is another --protocol spoken?",
                 )
             )
         else:

@@ -216,7 +216,8 @@ class Parameters:
             good = np.ones(detector_shape, bool)
         if good.shape != detector_shape:
             raise ConfigurationError(
-                f"the pixel mask is {good.shape[0]}x{good.shape[1]}, the detector {detector_shape[0]}x{detector_shape[1]}"
+                f"the pixel mask has the shape {'x'.join(map(str, good.shape))}, "
+                f"the detector {detector_shape[0]}x{detector_shape[1]}"
             )
         if self.bad_pixels is not None:
             good = good & ~self.bad_pixels

@@ -124,9 +124,9 @@ def _unpack_planes(slab: np.ndarray, at: int, size: int, nbytes: int, itemsize: 
 
 
 @_compiled
-def _add_dense(frame, start, stop, plan, pattern, column_sums, row, sums):  # type: ignore[no-untyped-def]
+def _add_dense(frame, start, stop, plan, pattern, column_sums, row, sums):
     """Add pixels ``start : stop`` of an unpacked frame."""
-    bf_pixels, bf_slot, bad, width = plan
+    bf_pixels, _, bad, width = plan
     for i in range(np.searchsorted(bad, start), np.searchsorted(bad, stop)):
         frame[bad[i]] = 0
     at = start
@@ -156,9 +156,9 @@ def _add_dense(frame, start, stop, plan, pattern, column_sums, row, sums):  # ty
 
 
 @_compiled
-def _add_sparse(words, plane_words, planes, start, plan, pattern, row, sums):  # type: ignore[no-untyped-def]
+def _add_sparse(words, plane_words, planes, start, plan, pattern, row, sums):
     """Add the block of pixels from ``start`` by visiting the set bits of its planes, ``plane_words`` words each."""
-    bf_pixels, bf_slot, bad, width = plan
+    bf_pixels, bf_slot, _, width = plan
     for i in range(np.searchsorted(bf_pixels, start), np.searchsorted(bf_pixels, start + 64 * plane_words)):
         row[i] = 0
     total = bright = moment_row = moment_column = sums[0] * 0
@@ -187,7 +187,7 @@ def _add_sparse(words, plane_words, planes, start, plan, pattern, row, sums):  #
 
 
 @_compiled
-def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_sums, row, sums):  # type: ignore[no-untyped-def]
+def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_sums, row, sums):
     """Unpack one frame and add it everywhere; nothing is added unless the whole payload is sound."""
     pixels = len(frame)
     itemsize = frame.itemsize
@@ -248,7 +248,7 @@ def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_su
 @_compiled
 def _decode_frames(
     slab, offsets, sizes, encoding, targets, plan, frame, planes, pattern, column_sums, rows, sums, status
-):  # type: ignore[no-untyped-def]
+):
     moments = np.zeros(4, sums.dtype)
     for i in range(len(offsets)):
         target = targets[i]
@@ -322,12 +322,31 @@ class FrameDecoder:
         self.frames += int(np.count_nonzero(status == _OK))
         return status
 
-    def _share(self, worker: _Worker, block: FrameBlock, part: slice, targets: np.ndarray, rows: np.ndarray,
-               sums: np.ndarray, status: np.ndarray) -> None:  # fmt: skip
+    def _share(
+        self,
+        worker: _Worker,
+        block: FrameBlock,
+        part: slice,
+        targets: np.ndarray,
+        rows: np.ndarray,
+        sums: np.ndarray,
+        status: np.ndarray,
+    ) -> None:
         _decode_frames(
-            block.slab, block.offsets[part], block.sizes[part], int(block.encoding), targets[part], self._plan,
-            worker.frame, worker.planes, worker.pattern, worker.column_sums, rows, sums, status[part],
-        )  # fmt: skip
+            block.slab,
+            block.offsets[part],
+            block.sizes[part],
+            int(block.encoding),
+            targets[part],
+            self._plan,
+            worker.frame,
+            worker.planes,
+            worker.pattern,
+            worker.column_sums,
+            rows,
+            sums,
+            status[part],
+        )
         worker.frames += part.stop - part.start
         if worker.frames >= _FLUSH_FRAMES // 2:
             self._flush(worker)

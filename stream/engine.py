@@ -105,14 +105,19 @@ class MemoryPlan:
         for name, need in wanted.items():
             if need > 0.9 * free[name]:
                 raise DoesNotFit(
-                    f"this reconstruction needs {need / 1e9:.2f} GB on the {name} ({self}), and {free[name] / 1e9:.2f} GB are "
-                    "free: use a smaller scan, a smaller semiangle_mrad (fewer bright-field pixels), detector binning, "
-                    "or a device with more memory"
+                    f"this reconstruction needs {need / 1e9:.2f} GB on the {name} ({self}), and "
+                    f"{free[name] / 1e9:.2f} GB are free: use a smaller scan, a smaller semiangle_mrad (fewer "
+                    "bright-field pixels), detector binning, or a device with more memory"
                 )
 
     def __str__(self) -> str:
-        parts = {"ring": self.ring, "kernels": self.kernels, "contracted rows": self.contracted, "work": self.work,
-                 "open rows": self.open_rows}  # fmt: skip
+        parts = {
+            "ring": self.ring,
+            "kernels": self.kernels,
+            "contracted rows": self.contracted,
+            "work": self.work,
+            "open rows": self.open_rows,
+        }
         return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items() if size)
 
 
@@ -169,9 +174,13 @@ class Engine:
 
     def _make_accumulator(self, kernels: KernelTable) -> Accumulator:
         return Accumulator(
-            kernels, self._ring, self.device, keep_contracted=self.setup.passes != 1,
-            executor=self._executor, threads=self._threads,
-        )  # fmt: skip
+            kernels,
+            self._ring,
+            self.device,
+            keep_contracted=self.setup.passes != 1,
+            executor=self._executor,
+            threads=self._threads,
+        )
 
     # frames in
 
@@ -347,7 +356,8 @@ class Engine:
         """What became of the frames so far."""
         missing = self._finished_missing
         if missing is None:
-            missing = self._missing_before + sum(self._missing_in(row) for row in np.flatnonzero(self._ring.acquired))
+            rows = np.flatnonzero(self._ring.acquired).tolist()
+            missing = self._missing_before + sum(map(self._missing_in, rows))
         return Counters(self._received, missing, self._duplicate, self._late, self._undecodable, self._outside)
 
     @property

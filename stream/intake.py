@@ -1,8 +1,8 @@
-"""The way in: receiver and protocol decoder as one stream of messages. Live sessions, recording and ``check`` share it."""
+"""The way in: receiver and protocol decoder as one stream of messages; for live sessions, recording and ``check``."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from detectors.messages import FrameBlock, Message, SeriesId, SeriesStart, StreamDecoder, Undecodable
@@ -22,7 +22,7 @@ class Silence:
 
 async def messages(
     receiver: Receiver, decoder: StreamDecoder, tick_s: float = 0.25
-) -> AsyncIterator[Message | Silence]:
+) -> AsyncGenerator[Message | Silence]:
     """Everything that arrives, in order; a ``Silence`` every ``tick_s`` while nothing does.
 
     A block of frames points into the receiver's memory: it must not be used any more once the next item is asked for.
@@ -32,8 +32,10 @@ async def messages(
     while True:
         lease = await receiver.get(tick_s)
         if receiver.too_large > too_large:
-            yield Undecodable("a message was larger than the receiver takes; send fewer frames a message",
-                              receiver.too_large - too_large)  # fmt: skip
+            yield Undecodable(
+                "a message was larger than the receiver takes; send fewer frames a message",
+                receiver.too_large - too_large,
+            )
             too_large = receiver.too_large
         if lease is None:
             silent += tick_s

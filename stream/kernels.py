@@ -62,7 +62,7 @@ class OverlapMasks:
 
 
 def overlap_masks(probe: Probe, k: tuple[Any, Any], q: tuple[Any, Any]) -> OverlapMasks:
-    """The overlap regions at scan frequency ``q``; components as in :func:`overlap_function`, aperture taken as hard."""
+    """The overlap regions at scan frequency ``q``, of a hard aperture; components as in :func:`overlap_function`."""
 
     def inside(k_row: Any, k_column: Any) -> Any:
         return probe.wavelength * namespace(k_row).sqrt(k_row * k_row + k_column * k_column) < probe.semiangle
@@ -174,9 +174,9 @@ class Passband:
         )
 
     def spectrum_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """How entries e fill the flat spectrum: ``psi[to] = e[source]``, ``psi[to_mirror] = sign * conj(e[source_mirror])``.
+        """How entries e fill the flat spectrum: ``psi[to] = e[source]``, ``psi[to_mirror] = ± conj(e[source_mirror])``.
 
-        Returns (source, to, source_mirror * sign encoded as ±(source + 1), to_mirror), int64.
+        Returns int64 arrays (source, to, ±(source_mirror + 1), to_mirror); the third carries the sign of its entry.
         """
         ny, nx = self.scan_shape
         column = self.column()

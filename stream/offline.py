@@ -92,9 +92,15 @@ def reconstruct_file(
             data = stack.enter_context(open_dataset(path, dataset))
             start, blocks, total, mask = file_start(data), file_blocks(data), data.frames, data.pixel_mask
         run = Reconstruction(
-            start, layers, choose_device(device), source=path.name, passes=passes, file_mask=mask, threads=threads,
+            start,
+            layers,
+            choose_device(device),
+            source=path.name,
+            passes=passes,
+            file_mask=mask,
+            threads=threads,
             start_source="file",
-        )  # fmt: skip
+        )
         stack.callback(run.close)
         # The next rows are contracted while the next block is read and decoded.
         with ThreadPoolExecutor(1, thread_name_prefix="accumulate") as worker:
@@ -113,9 +119,11 @@ def reconstruct_file(
         return run.result()
 
 
-def _accumulate_all(run: Reconstruction) -> None:
-    while run.accumulate():
-        pass
+def _accumulate_all(run: Reconstruction) -> int:
+    rows = 0
+    while batch := run.accumulate():
+        rows += batch
+    return rows
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ class Probe:
         return 2 * self.semiangle / self.wavelength
 
     def aperture(self, k_row: Any, k_column: Any) -> Any:
-        """The aperture's amplitude alone at detector-frame k [1/Å]: float32, the common shape of ``k_row, k_column``."""
+        """The aperture's amplitude alone at detector-frame k [1/Å]: float32, shape of ``k_row`` and ``k_column``."""
         xp = namespace(k_row)
         alpha = self.wavelength * xp.sqrt(k_row * k_row + k_column * k_column)
         return aperture_amplitude(alpha, self.semiangle, self.rolloff)

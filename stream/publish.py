@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,19 +45,19 @@ class Publisher:
         try:
             # Newest wins: a slow viewer sees the latest snapshot, never a queue of old ones.
             self._images = self._bind(zmq.PUB, self._address, {zmq.CONFLATE: 1, zmq.LINGER: 0})
-            self.endpoint = self._images.last_endpoint.decode()
+            self.endpoint = self._images.getsockopt_string(zmq.LAST_ENDPOINT)
             port = int(self.endpoint.rpartition(":")[2])
             host = self._address.rpartition(":")[0]
             picked = self._address.endswith((":*", ":0"))
             options = {zmq.MAXMSGSIZE: _MAX_REQUEST_BYTES, zmq.LINGER: 200}
             self._control = self._bind(zmq.REP, f"{host}:{'*' if picked else port + 1}", options)
-            self.control_port = int(self._control.last_endpoint.decode().rpartition(":")[2])
+            self.control_port = int(self._control.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         except BaseException:
             self._context.destroy(linger=0)
             raise
         return self
 
-    def _bind(self, kind: int, address: str, options: dict[int, int]) -> zmq.asyncio.Socket:
+    def _bind(self, kind: int, address: str, options: Mapping[zmq.SocketOption, int]) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)
         for option, value in options.items():
             socket.set(option, value)
@@ -90,7 +90,8 @@ class Publisher:
                 raise ConfigurationError(f"unknown command {command!r}; known are {', '.join(COMMANDS)}")
             if unknown := sorted(map(str, request.keys() - set(COMMANDS[command]))):
                 raise ConfigurationError(
-                    f"{command} does not take {', '.join(unknown)}; it takes {', '.join(COMMANDS[command]) or 'nothing'}"
+                    f"{command} does not take {', '.join(unknown)}; "
+                    f"it takes {', '.join(COMMANDS[command]) or 'nothing'}"
                 )
             return {"ok": True, **await self._handler(command, request)}
         except LiveptychoError as error:

@@ -9,6 +9,7 @@ except a message beyond ``MAX_MESSAGE_BYTES``, which is counted.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class _Slab:
     def __init__(self) -> None:
         # Room for a message of the largest size behind one that just does not fill the slab.
         self.memory = np.empty(_FULL_BYTES + 2 * MAX_MESSAGE_BYTES, np.uint8)
-        self.view = memoryview(self.memory)  # type: ignore[arg-type]
+        self.view = self.memory.data
         self.clear()
 
     def clear(self) -> None:
@@ -170,7 +171,7 @@ class Receiver:
         except zmq.ZMQError as error:
             verb = "bind" if self._bind else "connect to"
             raise ConnectionFailed(f"cannot {verb} {address!r}: {why(error)}") from None
-        self.endpoints.append(socket.last_endpoint.decode())
+        self.endpoints.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
         self._channels.append(_Channel(socket, index, address))
 
     async def __aexit__(
@@ -181,8 +182,8 @@ class Receiver:
         await asyncio.gather(*self._readers, return_exceptions=True)
         self._context.destroy(linger=0)
 
-    async def get(self, timeout: float | None = None) -> Lease | None:
-        """The next batch, at once if one is there; None when nothing came for ``timeout`` seconds."""
+    async def get(self, timeout_s: float | None = None) -> Lease | None:
+        """The next batch, at once if one is there; None when nothing came for ``timeout_s`` seconds."""
         while True:
             for channel in self._channels[self._next :] + self._channels[: self._next]:
                 if channel.slab is not None and channel.slab.offsets:
@@ -193,7 +194,7 @@ class Receiver:
                     return Lease(self, slab, channel.index)
             self._something.clear()
             try:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout(timeout_s):
                     await self._something.wait()
             except TimeoutError:
                 self._raise_failed_reader()
@@ -211,7 +212,7 @@ class Receiver:
 
     async def _read(self, channel: _Channel) -> None:
         loop = asyncio.get_running_loop()
-        descriptor = channel.socket.fd
+        descriptor = channel.socket.FD
         while True:
             while channel.slab is None or channel.slab.full:
                 if channel.slab is None and self._free:
@@ -234,7 +235,7 @@ class Receiver:
                 await asyncio.sleep(0)
                 continue
             # Nothing left. The descriptor is edge triggered and reading the event flag re-arms it.
-            if channel.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            if int(channel.socket.EVENTS) & zmq.POLLIN:
                 continue
             channel.readable.clear()
             loop.add_reader(descriptor, channel.readable.set)
@@ -253,8 +254,8 @@ def why(error: zmq.ZMQError) -> str:
         zmq.EADDRINUSE: "the port is in use by another program; choose another one or end that program",
         zmq.EPROTONOSUPPORT: "unknown transport; write tcp://HOST:PORT or ipc://PATH",
         zmq.EINVAL: "not an address; write tcp://HOST:PORT, for example tcp://127.0.0.1:31000",
-        zmq.ENODEV: "this machine has no such network interface or host name",
+        errno.ENODEV: "this machine has no such network interface or host name",
         zmq.EADDRNOTAVAIL: "this machine does not have that network address",
-        zmq.EACCES: "permission denied",
+        errno.EACCES: "permission denied",
     }
     return reasons.get(error.errno or 0, error.strerror)

@@ -143,8 +143,8 @@ class Reconstruction:
         announced = self.start.frames
         if announced is not None and passes is not None and announced != frames_per_pass * passes:
             self._note(
-                f"the series announces {announced} frames, but {passes} pass(es) of this scan have {frames_per_pass * passes}; "
-                "check scan_shape and the flyback frames"
+                f"the series announces {announced} frames, but {passes} pass(es) of this scan have "
+                f"{frames_per_pass * passes}; check scan_shape and the flyback frames"
             )
 
     def _note(self, note: str) -> None:
@@ -166,7 +166,8 @@ class Reconstruction:
         known = self._resolution.known
         if survey.frames == 0:
             raise ConfigurationError(
-                "the bright-field disk could not be looked for: no sound frame came; give bf_centre_px (and bf_radius_px)"
+                "the bright-field disk could not be looked for, since no sound frame came; give bf_centre_px "
+                "and bf_radius_px"
             )
         disk = survey.find(centre_px=known.get("bf_centre_px"), radius_px=known.get("bf_radius_px"))
         count = int(disk.bad_pixels.sum())
@@ -239,6 +240,12 @@ class Reconstruction:
         engine = self.prepare()
         assert self.parameters is not None
         return Result(
-            engine.object(), engine.images(IMAGE_UNITS), engine.positions_received, self.parameters, engine.setup,
-            engine.counters, self.source, max(1, engine.passes_done),
-        )  # fmt: skip
+            engine.object(),
+            engine.images(IMAGE_UNITS),
+            engine.positions_received,
+            self.parameters,
+            engine.setup,
+            engine.counters,
+            self.source,
+            max(1, engine.passes_done),
+        )

@@ -25,7 +25,7 @@ class Recorded:
 
 
 #: Without --timeout, a series that has begun is given up after so long a silence [s].
-SERIES_TIMEOUT_S = 10.0
+SERIES_TIMEOUT_S = 30.0
 
 
 async def record_stream(
@@ -42,10 +42,10 @@ async def record_stream(
     """Record one series from ``addresses`` into ``path`` (which must not exist), from its start to its end message.
 
     ``progress`` is called with (frames so far, frames announced or None); ``ready`` with the endpoints in use.
-    ``timeout_s``: see ``SessionOptions``. When the disk is slower than the stream, the sender is slowed down: nothing is
-    dropped. Raises ``ConnectionFailed`` when nobody sends, ``DataFileError`` when the file cannot be written.
+    ``timeout_s``: see ``SessionOptions``. When the disk is slower than the stream, the sender is slowed down: nothing
+    is dropped. Raises ``ConnectionFailed`` when nobody sends, ``DataFileError`` when the file cannot be written.
     """
-    if path.exists():
+    if path.exists():  # noqa: ASYNC240 - once, before anything waits for this loop
         raise DataFileError(f"{path} exists already; recordings are never overwritten: choose another name or move it")
     recorder: Recorder | None = None
     start: SeriesStart | None = None

@@ -64,7 +64,7 @@ async def _send(
             first_ns = block.time_ns if first_ns is None else first_ns
             await asyncio.sleep(max(0.0, began + (block.time_ns - first_ns) * 1e-9 / speed - loop.time()))
         for run in _consecutive(block):
-            payloads = [memoryview(block.slab)[o : o + n] for o, n in zip(run.offsets, run.sizes, strict=True)]
+            payloads = [block.slab[o : o + n].data for o, n in zip(run.offsets, run.sizes, strict=True)]
             await wire.send(encoder.frames(series, int(run.indices[0]), payloads, block.encoding))
         sent += len(block)
         if progress is not None:

@@ -15,7 +15,15 @@ import numpy as np
 from detectors.errors import DataFileError
 from stream.config import Parameters
 from stream.engine import Setup
-from stream.snapshot import Counters
+from stream.snapshot import IMAGE_UNITS, Counters
+
+#: Path in the file -> image; each gets an NXdata group, so that a viewer plots it with its axes.
+_PLOTTED = {
+    "phase": "phase",
+    "amplitude": "amplitude",
+    "virtual/bright_field": "bright_field",
+    "virtual/dark_field": "dark_field",
+}
 
 
 @dataclass(frozen=True)
@@ -57,19 +65,25 @@ class Result:
 
     def _write(self, file: Any) -> None:
         step = self.setup.scan_step
-        file.attrs.update({
-            "NX_class": "NXroot", "default": "reconstruction", "creator": "liveptycho", "format": "liveptycho-result",
-            "program_version": version("liveptycho"), "source": self.source,
-        })  # fmt: skip
+        file.attrs.update(
+            {
+                "NX_class": "NXroot",
+                "default": "reconstruction",
+                "creator": "liveptycho",
+                "format": "liveptycho-result",
+                "program_version": version("liveptycho"),
+                "source": self.source,
+            }
+        )
         entry = file.create_group("reconstruction")
         entry.attrs.update({"NX_class": "NXentry", "default": "phase"})
         entry["title"] = f"{self.setup.method.name} reconstruction of {self.source}"
         # The arrays themselves stand at the root, under plain names; the NXdata groups link to them.
-        phase = {"phase": (self.images["phase"], "rad"), "amplitude": (self.images["amplitude"], "1"), "object": (self.object, "1"),
-                 "virtual/bright_field": (self.images["bright_field"], "counts"), "virtual/dark_field": (self.images["dark_field"], "counts")}  # fmt: skip
-        for name, (image, unit) in phase.items():
-            file[name] = image
-            file[name].attrs["units"] = unit
+        file["object"] = self.object
+        file["object"].attrs["units"] = "1"
+        for name, image in _PLOTTED.items():
+            file[name] = self.images[image]
+            file[name].attrs["units"] = IMAGE_UNITS[image]
         file["com"] = np.stack([self.images["com_row"], self.images["com_column"]])
         file["com"].attrs.update(
             {"units": "mrad", "components": ["row", "column"], "frame": "scan axes, relative to bf_centre_px"}
@@ -83,11 +97,10 @@ class Result:
         for axis, count, length in (("row", rows, step[0]), ("column", columns, step[1])):
             file[f"axes/{axis}"] = np.arange(count) * length
             file[f"axes/{axis}"].attrs["units"] = "angstrom"
-        for name in ("phase", "amplitude", "virtual/bright_field", "virtual/dark_field"):
-            short = name.rpartition("/")[2]
-            data = entry.create_group(short)
-            data.attrs.update({"NX_class": "NXdata", "signal": short, "axes": ["row", "column"]})
-            data[short] = file[name]
+        for name, image in _PLOTTED.items():
+            data = entry.create_group(image)
+            data.attrs.update({"NX_class": "NXdata", "signal": image, "axes": ["row", "column"]})
+            data[image] = file[name]
             data["row"], data["column"] = file["axes/row"], file["axes/column"]
         file.attrs.update(self._attributes())
 
@@ -128,8 +141,11 @@ def describe_result(path: Path) -> list[tuple[str, str]]:
                 for name, item in file.items()
                 if isinstance(item, h5py.Dataset)
             ]
-            rows += [(key, str(value)) for key, value in file.attrs.items()
-                     if key not in ("NX_class", "default", "creator", "format", "sources")]  # fmt: skip
+            rows += [
+                (key, str(value))
+                for key, value in file.attrs.items()
+                if key not in ("NX_class", "default", "creator", "format", "sources")
+            ]
             return rows
     except OSError as error:
         raise DataFileError(f"{path}: the result cannot be read ({error})") from None

@@ -45,7 +45,7 @@ class RowRing:
         return self.pass_of_row >= 0
 
     def commit(self, row: int, pass_: int, counts: np.ndarray, received: np.ndarray) -> None:
-        """Take over a row, or the late rest of one: ``counts`` (columns, K) on the host, ``received`` bool (columns,)."""
+        """Take a row over, or its late rest: ``counts`` (columns, K) on the host, ``received`` bool (columns,)."""
         slot = self._counts[row]
         fresh = self.pass_of_row[row] < 0 or (pass_ != self.pass_of_row[row] and not self.averaging)
         if received.all():

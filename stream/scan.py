@@ -59,7 +59,7 @@ class ScanPattern:
         return body + self.flyback_frames_per_pass
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(pass, row, column) of each frame index, int64 arrays; row and column are -1 where a frame has no position."""
+        """(pass, row, column) of each frame index, int64 arrays; row and column are -1 for a frame without position."""
         passes, within = np.divmod(indices, self.frames_per_pass)
         if self.positions is not None:
             outside = within >= len(self.positions)

@@ -43,6 +43,8 @@ _SNAPSHOT_SHARE = 0.1
 _SLOWEST_S = 1.0
 #: Once the end message came, or every pass is complete, stragglers are waited for so long [s].
 _GRACE_S = 0.5
+#: When nothing comes at all, advice is given after so long [s].
+_ADVICE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class SessionOptions:
     linger_s: float = 0.0
     """keep publishing and answering control requests for so long after the last series; ``math.inf`` until stopped"""
     timeout_s: float | None = None
-    """give up when nothing came for so long: before the start, or in the middle of a series"""
+    """give up when nothing came for so long before the first series"""
+    series_timeout_s: float | None = None
+    """take a series for ended, incomplete, when nothing came for so long in the middle of it"""
     row_timeout_s: float = 1.0
     """close open rows when nothing came for so long"""
     threads: int | None = None
@@ -159,7 +163,8 @@ class Session:
         seen = 0
         while True:
             async with self._fresh:
-                await self._fresh.wait_for(lambda: self._snapshot.sequence > seen or self._over)
+                while self._snapshot.sequence == seen and not self._over:
+                    await self._fresh.wait()
                 snapshot = self._snapshot
             if snapshot.sequence == seen:
                 break
@@ -257,7 +262,7 @@ class Session:
             return False  # repeated, as publishers do for those who come late
         ended = False
         if self._active:
-            await self._finish(f"series {start.series} began before the end of series {self._run.start.series}")  # type: ignore[union-attr]
+            await self._finish(f"series {start.series} began before its end")
             ended = not self.options.follow
         if ended:
             return True
@@ -270,9 +275,13 @@ class Session:
                 path = numbered(options.record, self._series_count)
                 self._recorder = Recorder(path, start, options.protocol, version("liveptycho"))
             self._run = Reconstruction(
-                start, options.layers, self._device, source=f"series {start.series} from {', '.join(options.addresses)}",
-                passes=options.passes, threads=options.threads,
-            )  # fmt: skip
+                start,
+                options.layers,
+                self._device,
+                source=f"series {start.series} from {', '.join(options.addresses)}",
+                passes=options.passes,
+                threads=options.threads,
+            )
             self._set_state("calibrating", f"series {start.series}: making ready")
             if not self._run.needs_disk:
                 await asyncio.to_thread(self._run.prepare)
@@ -348,23 +357,29 @@ class Session:
             if seconds >= self.options.row_timeout_s and self._run.engine is not None:
                 self._run.engine.close_rows()
                 self._rows.set()
-        timeout = self.options.timeout_s
+        timeout = self.options.series_timeout_s if self._active else self.options.timeout_s
+        if not self._active and not self._series_count and seconds >= _ADVICE_S:
+            self._message = self._nobody_there(seconds)
         if timeout is None or seconds < timeout:
             return False
-        if not self._active:
-            if self.options.follow and self._series_count:
-                return False
+        if self._active:
+            await self._finish(f"nothing came for {timeout:g} s, and no end message")
+            return True
+        if not self._series_count:
             raise ConnectionFailed(self._nobody_there(timeout))
-        await self._finish(f"nothing came for {timeout:g} s, and no end message")
-        return True
+        return False
 
-    def _nobody_there(self, timeout: float) -> str:
+    def _nobody_there(self, seconds: float) -> str:
         where = ", ".join(self.options.addresses)
         if (series := self._orphans.series) is not None:
-            return (f"frames of series {series} came from {where}, but no start message within {timeout:g} s: start "
-                    "liveptycho before the detector is armed")  # fmt: skip
-        return (f"nothing came from {where} within {timeout:g} s: is the detector's stream switched on, armed, and the "
-                f"address right? `liveptycho check {where}` looks closer")  # fmt: skip
+            return (
+                f"frames of series {series} came from {where}, but no start message within {seconds:.0f} s: start "
+                "liveptycho before the detector is armed"
+            )
+        return (
+            f"nothing came from {where} within {seconds:.0f} s: is the detector's stream switched on, armed, and the "
+            f"address right? `liveptycho check {where}` looks closer"
+        )
 
     async def _end(self, end: SeriesEnd) -> bool:
         run = self._run
@@ -412,7 +427,7 @@ class Session:
         while True:
             await self._rows.wait()
             self._rows.clear()
-            while self._run is not None and await asyncio.to_thread(self._run.accumulate):
+            while (run := self._run) is not None and await asyncio.to_thread(run.accumulate) > 0:
                 self._dirty = True
 
     # snapshots
@@ -443,16 +458,25 @@ class Session:
     def _make_snapshot(self) -> Snapshot:
         run = self._run
         snapshot = Snapshot(
-            self._id, self._snapshot.sequence + 1, time.time(), self._state, self._message, self._link,
+            self._id,
+            self._snapshot.sequence + 1,
+            time.time(),
+            self._state,
+            self._message,
+            self._link,
             control_port=None if self._publisher is None else self._publisher.control_port,
-        )  # fmt: skip
+        )
         if run is None:
             return snapshot
         frames_per_s, bytes_per_s = self._rate.now()
         snapshot = replace(
-            snapshot, series=run.start.series, detector_shape=run.start.detector_shape, counters=run.counters,
-            frames_per_s=frames_per_s, megabytes_per_s=bytes_per_s / 1e6,
-        )  # fmt: skip
+            snapshot,
+            series=run.start.series,
+            detector_shape=run.start.detector_shape,
+            counters=run.counters,
+            frames_per_s=frames_per_s,
+            megabytes_per_s=bytes_per_s / 1e6,
+        )
         engine, parameters = run.engine, run.parameters
         if engine is None or parameters is None:
             return snapshot

@@ -136,14 +136,15 @@ class Snapshot:
                 for name, image in message.pop("images", {}).items()
                 if name in IMAGE_UNITS
             }
-            counters = Counters(
-                **{k: int(v) for k, v in message.pop("counters", {}).items() if k in Counters.__dataclass_fields__}
-            )
-            known = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in message.items() if k in cls.__dataclass_fields__
+            counts = message.pop("counters", {})
+            counters = Counters(**{name: int(counts[name]) for name in Counters.__dataclass_fields__ if name in counts})
+            known: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in message.items()
+                if key in cls.__dataclass_fields__
             }
             return cls(**known, counters=counters, images=images)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise ProtocolError(f"a damaged snapshot ({error})") from error
 
 

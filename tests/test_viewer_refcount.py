@@ -10,7 +10,7 @@ import pytest
 
 from tests.viewer_support import snapshot
 
-pytest.importorskip("PySide6.QtWidgets", reason="the viewer's window needs PySide6")
+pytest.importorskip("PySide6.QtWidgets", reason="the viewer's window needs PySide6", exc_type=ImportError)
 pytest.importorskip("pyqtgraph", reason="the viewer's window needs pyqtgraph")
 
 from PySide6 import QtWidgets

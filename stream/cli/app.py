@@ -26,9 +26,16 @@ app = typer.Typer(
 )
 
 for command in (
-    simulated.demo, simulated.simulate, live.live, live.record, files.replay, files.reconstruct, live.view, files.info,
+    simulated.demo,
+    simulated.simulate,
+    live.live,
+    live.record,
+    files.replay,
+    files.reconstruct,
+    live.view,
+    files.info,
     live.check,
-):  # fmt: skip
+):
     app.command()(command)
 
 

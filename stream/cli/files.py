@@ -84,7 +84,7 @@ def replay(
                 pattern="pub" if pub else "push",
                 progress=advance,
                 ready=lambda endpoint: console.print(f"sending on {endpoint}, waiting for a receiver"),
-            )  # fmt: skip
+            )
         )
     console.print(f"{sent} frames delivered")
 

@@ -42,7 +42,8 @@ Timeout = Annotated[
     float | None,
     typer.Option(
         min=0.1,
-        help="Give up when nothing comes for so many seconds. [default: wait for ever for the start, 10 s within a series]",
+        help="Give up when nothing comes for so many seconds. "
+        "[default without a viewer: 300 before the start, 30 within a series; with one: never]",
         show_default=False,
     ),
 ]
@@ -62,7 +63,8 @@ def live(
     passes: Annotated[
         int,
         typer.Option(
-            help="Passes to take: the newest replaces the older one row by row; 0 for ever. [default: as many as the series announces]",
+            help="Passes to take: the newest replaces the older one row by row; 0 for ever. "
+            "[default: as many as the series announces]",
             show_default=False,
         ),
     ] = -1,
@@ -72,7 +74,8 @@ def live(
     publish: Annotated[
         str | None,
         typer.Option(
-            help=f"Address that viewers connect to; control is one port further. [default: {DEFAULT_PUBLISH} with a viewer]",
+            help="Address that viewers connect to; control is one port further. "
+            f"[default: {DEFAULT_PUBLISH} with a viewer]",
             show_default=False,
         ),
     ] = None,
@@ -85,9 +88,22 @@ def live(
     if not no_viewer and publish is None:
         publish = DEFAULT_PUBLISH
     options = SessionOptions(
-        address.split(","), protocol, bind, "sub" if sub else "pull", layers, parse_passes(passes, 0), device, record, output,
-        publish, follow, linger_s=0.0 if no_viewer else math.inf, timeout_s=timeout, threads=threads,
-    )  # fmt: skip
+        address.split(","),
+        protocol,
+        bind,
+        "sub" if sub else "pull",
+        layers,
+        parse_passes(passes, 0),
+        device,
+        record,
+        output,
+        publish,
+        follow,
+        linger_s=0.0 if no_viewer else math.inf,
+        timeout_s=300.0 if timeout is None and no_viewer and not follow else timeout,
+        series_timeout_s=30.0 if timeout is None and no_viewer else timeout,
+        threads=threads,
+    )
     incomplete = asyncio.run(run_session(options, viewer=not no_viewer))
     if incomplete:
         raise ConfigurationError(f"the series is not complete: {incomplete}")
@@ -149,7 +165,8 @@ def status_line(snapshot: Snapshot) -> Text:
     line = Text(f"{snapshot.state} ", style="bold")
     if snapshot.scan_shape is not None:
         line.append(
-            f"pass {snapshot.passes_done + (snapshot.state == 'scanning')}, row {(snapshot.scan_row or 0) + 1}/{snapshot.scan_shape[0]}, "
+            f"pass {snapshot.passes_done + (snapshot.state == 'scanning')}, "
+            f"row {(snapshot.scan_row or 0) + 1}/{snapshot.scan_shape[0]}, "
         )
         line.append(f"{snapshot.frames_per_s:,.0f} frames/s, {snapshot.megabytes_per_s:.1f} MB/s")
         if snapshot.latency_ms is not None:
@@ -203,10 +220,19 @@ def record(
     """Record one series of a stream as it comes, without reconstructing it; compressed frames stay compressed."""
     with progress_bar(file.name) as advance:
         done = asyncio.run(
-            record_stream(address.split(","), file, protocol=protocol, bind=bind, pattern="sub" if sub else "pull",
-                          timeout_s=timeout, progress=advance,
-                          ready=lambda where: console.print(f"recording {', '.join(where)}, waiting for a series", highlight=False))
-        )  # fmt: skip
+            record_stream(
+                address.split(","),
+                file,
+                protocol=protocol,
+                bind=bind,
+                pattern="sub" if sub else "pull",
+                timeout_s=timeout,
+                progress=advance,
+                ready=lambda where: console.print(
+                    f"recording {', '.join(where)}, waiting for a series", highlight=False
+                ),
+            )
+        )
     console.print(f"{done.frames} frames recorded in [bold]{file}[/bold]")
     if done.incomplete:
         raise ConfigurationError(f"the recording is not complete: {done.incomplete}")

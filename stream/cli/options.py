@@ -21,11 +21,17 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "energy_kev": (float, "Electron energy [keV]."),
     "semiangle_mrad": (float, "Convergence semi-angle [mrad]."),
     "scan_step_angstrom": (str, "Distance of scan positions [Å]: one number, or ROW,COLUMN."),
-    "detector_pixel_mrad": (str, "Angle of a detector pixel [mrad]: one number, or ROW,COLUMN. Else from the disk's radius."),
+    "detector_pixel_mrad": (
+        str,
+        "Angle of a detector pixel [mrad]: one number, or ROW,COLUMN. Else from the disk's radius.",
+    ),
     "rotation_deg": (float, "Rotation of scan against detector axes [degrees], as py4DSTEM's force_com_rotation."),
     "transpose": (bool, "The detector axes are swapped."),
     "rolloff_mrad": (float, "Width of the aperture's soft edge [mrad]; default 2."),
-    "aberrations": (str, "For example C10=-100,C12=20,phi12=30 [Å, degrees]; C10 = -defocus. Replaces those of lower precedence."),
+    "aberrations": (
+        str,
+        "For example C10=-100,C12=20,phi12=30 [Å, degrees]; C10 = -defocus. Replaces those of lower precedence.",
+    ),
     "bf_centre_px": (str, "Centre of the bright-field disk, ROW,COLUMN [pixels]. Else found in the first frames."),
     "bf_radius_px": (float, "Radius of the bright-field disk [pixels]."),
     "pixel_mask": (str, "File with the pixel mask, 1 = good: .npy, or HDF5 with 'pixel_mask'."),
@@ -36,7 +42,7 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "serpentine": (bool, "Every second scan row runs backwards."),
     "positions": (str, "File (.npy or text) with the row and column of each frame, negative for none."),
     "averaging": (bool, "Average the passes instead of letting the newest replace the others."),
-}  # fmt: skip
+}
 
 
 def parse_aberrations(text: str) -> dict[str, float]:
@@ -74,7 +80,7 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     ]
     parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config))
     for key, (kind, text) in _FLAGS.items():
-        annotation = Annotated[kind | None, typer.Option(help=text, rich_help_panel=_PANEL)]
+        annotation = Annotated[kind | None, typer.Option(help=text, rich_help_panel=_PANEL)]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

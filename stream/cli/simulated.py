@@ -86,11 +86,20 @@ def simulate(
             maker = FileFrames(stack.enter_context(open_dataset(file)))
         else:
             maker = SimulatedScan(
-                scan_shape=parse_shape(scan), scan_step_angstrom=(scan_step_angstrom,) * 2, energy_kev=energy_kev,
-                semiangle_mrad=semiangle_mrad, aberrations=parse_aberrations(aberrations), rotation_deg=rotation_deg,
-                transpose=transpose, detector_shape=parse_shape(detector), detector_pixel_mrad=(detector_pixel_mrad,) * 2,
-                electrons_per_frame=dose, dtype=dtype, specimen=specimen, seed=seed,
-            )  # fmt: skip
+                scan_shape=parse_shape(scan),
+                scan_step_angstrom=(scan_step_angstrom,) * 2,
+                energy_kev=energy_kev,
+                semiangle_mrad=semiangle_mrad,
+                aberrations=parse_aberrations(aberrations),
+                rotation_deg=rotation_deg,
+                transpose=transpose,
+                detector_shape=parse_shape(detector),
+                detector_pixel_mrad=(detector_pixel_mrad,) * 2,
+                electrons_per_frame=dose,
+                dtype=dtype,
+                specimen=specimen,
+                seed=seed,
+            )
         source = EncodedSource(maker, ENCODINGS[encoding])
         if prepare:
             with progress_bar("making frames") as advance:
@@ -113,7 +122,7 @@ def simulate(
                         f"sending on {endpoint}, waiting for a receiver", highlight=False
                     ),
                     progress=lambda sent: advance(sent.frames, total),
-                )  # fmt: skip
+                )
             )
     console.print(_summary(report), highlight=False)
 
@@ -141,10 +150,18 @@ def _summary(report: SendReport) -> str:
 
 #: The demonstration: about 15 seconds of scanning a crystal with defects, seen by a rotated, defocused microscope.
 _DEMO = SimulatedScan(
-    scan_shape=(128, 128), scan_step_angstrom=(3.905 / 16, 3.905 / 16), semiangle_mrad=20.0, rotation_deg=25.0,
-    aberrations={"C10": -60.0, "C12": 15.0, "phi12": 40.0}, detector_shape=(96, 96), detector_pixel_mrad=(1.0, 1.0),
-    bf_centre_px=(47.3, 48.2), electrons_per_frame=4000.0, dtype="uint8", specimen="lattice",
-)  # fmt: skip
+    scan_shape=(128, 128),
+    scan_step_angstrom=(3.905 / 16, 3.905 / 16),
+    semiangle_mrad=20.0,
+    rotation_deg=25.0,
+    aberrations={"C10": -60.0, "C12": 15.0, "phi12": 40.0},
+    detector_shape=(96, 96),
+    detector_pixel_mrad=(1.0, 1.0),
+    bf_centre_px=(47.3, 48.2),
+    electrons_per_frame=4000.0,
+    dtype="uint8",
+    specimen="lattice",
+)
 _DEMO_RATE = 1200.0
 #: How long the window stays after the scan [s].
 _LOOK_S = 8.0
@@ -175,7 +192,12 @@ async def _demo(window: bool, output: Path) -> None:
     )
     result = output / "result.h5"
     options = SessionOptions(
-        [await endpoint], output=result, publish="tcp://127.0.0.1:*", timeout_s=30.0, linger_s=math.inf
+        [await endpoint],
+        output=result,
+        publish="tcp://127.0.0.1:*",
+        timeout_s=30.0,
+        series_timeout_s=30.0,
+        linger_s=math.inf,
     )
 
     async def alongside(session: Session) -> None:
@@ -226,7 +248,8 @@ def _report_demo(path: Path, seconds: float) -> None:
         f"live reconstruction of {phase.shape[0]}x{phase.shape[1]} positions took {seconds:.1f} s", highlight=False
     )
     console.print(
-        f"agreement with the simulated specimen: correlation {r:.3f}, scale {slope:.3f} (1 is perfect; the rest is shot noise)",
+        f"agreement of the phase with the simulated specimen: correlation {r:.3f}, scale {slope:.3f} "
+        "(1 is perfect; the rest is shot noise)",
         highlight=False,
     )
     console.print(

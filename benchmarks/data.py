@@ -1,0 +1,129 @@
+"""What the benchmarks share: optics, counts, set-ups, and messages ready to be sent."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from detectors import codec
+from detectors.messages import Encoding, SeriesStart
+from detectors.native import NativeEncoder
+from stream.engine import Setup
+from stream.geometry import DetectorGeometry
+from stream.kernels import METHODS
+from stream.optics import Aberrations, Probe
+from stream.scan import ScanPattern
+
+ENERGY_KEV = 200.0
+SEMIANGLE_MRAD = 20.0
+ROLLOFF_MRAD = 2.0
+#: The simulated detector's step; 2 alpha / lambda then covers 47 % of the half plane of scan frequencies.
+STEP_ANGSTROM = 3.905 / 16
+DETECTOR_SHAPE = (192, 192)
+#: Radius of the bright-field disk with 1,250 pixels.
+BF_RADIUS_PX = 20.0
+#: Underfocus and astigmatism, so that the kernels are complex.
+ABERRATIONS = {"C10": -150.0, "C12": 30.0, "phi12": 20.0}
+
+#: Frames that differ from each other; longer streams repeat them.
+_POOL = 1024
+
+
+def bf_radius(pixels: int) -> float:
+    """Radius [px] of a disk with about so many pixels."""
+    return float(np.sqrt(pixels / np.pi))
+
+
+def setup(scan_shape: tuple[int, int], bf_pixels: int, *, aberrated: bool = False, dtype: str = "u1",
+          passes: int | None = 1) -> Setup:  # fmt: skip
+    """A reconstruction with about ``bf_pixels`` bright-field pixels, in focus or ``aberrated``."""
+    radius = bf_radius(bf_pixels)
+    side = 2 * int(radius) + 8
+    pixel = SEMIANGLE_MRAD / radius
+    shape = (side, side)
+    geometry = DetectorGeometry(shape, (pixel, pixel), (side / 2, side / 2), SEMIANGLE_MRAD, np.ones(shape, bool))
+    aberrations = Aberrations.from_user(ABERRATIONS if aberrated else {})
+    probe = Probe(ENERGY_KEV * 1e3, SEMIANGLE_MRAD * 1e-3, ROLLOFF_MRAD * 1e-3, aberrations)
+    scan = ScanPattern(scan_shape)
+    step = (STEP_ANGSTROM, STEP_ANGSTROM)
+    return Setup(geometry, probe, scan, step, np.dtype(dtype), METHODS["ssb"], passes)
+
+
+def bf_counts(scan_shape: tuple[int, int], pixels: int, dtype: np.dtype, mean: float = 4.0) -> np.ndarray:
+    """Poisson counts of a scan's bright-field pixels, with a pattern in them: (rows, columns, ``pixels``)."""
+    rng = np.random.default_rng(1)
+    y, x = np.meshgrid(*(np.arange(n) for n in scan_shape), indexing="ij")
+    modulation = mean * (1 + 0.3 * np.cos(2 * np.pi * y / 16) * np.cos(2 * np.pi * x / 16))
+    out = np.empty((*scan_shape, pixels), dtype)
+    for row in range(scan_shape[0]):
+        out[row] = rng.poisson(modulation[row][:, None], (scan_shape[1], pixels))
+    return out
+
+
+def frames(count: int, dtype: str, mean: float = 0.2, radius: float = 40.0) -> np.ndarray:
+    """Electron counts, Poisson ``mean`` a pixel in a disk of ``radius`` px: (count, *DETECTOR_SHAPE)."""
+    rng = np.random.default_rng(2)
+    row, column = np.indices(DETECTOR_SHAPE) - (np.array(DETECTOR_SHAPE) / 2)[:, None, None]
+    lit = np.hypot(row, column) < radius
+    out = np.zeros((count, *DETECTOR_SHAPE), dtype)
+    out[:, lit] = rng.poisson(mean, (count, int(lit.sum())))
+    return out
+
+
+def start(scan_shape: tuple[int, int], dtype: str, passes: int | None = 1) -> SeriesStart:
+    """The start message of a series of ``frames``, with every setting that the reconstruction needs."""
+    pixel = SEMIANGLE_MRAD / BF_RADIUS_PX
+    settings: dict[str, Any] = {
+        "energy_kev": ENERGY_KEV,
+        "semiangle_mrad": SEMIANGLE_MRAD,
+        "rolloff_mrad": ROLLOFF_MRAD,
+        "scan_step_angstrom": STEP_ANGSTROM,
+        "detector_pixel_mrad": pixel,
+        "bf_centre_px": [n / 2 for n in DETECTOR_SHAPE],
+        "bf_radius_px": BF_RADIUS_PX,
+    }
+    count = None if passes is None else passes * scan_shape[0] * scan_shape[1]
+    return SeriesStart(1, DETECTOR_SHAPE, np.dtype(dtype).newbyteorder("<"), scan_shape, count, settings)
+
+
+def stream_messages(frame_count: int, dtype: str, encoding: Encoding, per_message: int) -> list[list[bytes]]:
+    """The frame messages of a series, packed: ``frame_count`` frames, ``per_message`` in each."""
+    pool = [codec.encode(frame, encoding) for frame in frames(min(_POOL, frame_count), dtype)]
+    encoder = NativeEncoder()
+    out = []
+    joined: dict[int, Any] = {}
+    for first in range(0, frame_count, per_message):
+        count = min(per_message, frame_count - first)
+        at = first % len(pool)
+        header, payload = encoder.frames(1, first, [pool[(at + i) % len(pool)] for i in range(count)], encoding)
+        out.append([header, joined.setdefault(at, payload) if count == per_message else payload])
+    return out
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median wall time of ``work`` over ``repeats`` runs, in seconds."""
+    times = []
+    for _ in range(repeats):
+        began = perf_counter()
+        work()
+        times.append(perf_counter() - began)
+    return statistics.median(times)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; numbers with three significant digits and thousands separated."""
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        if value == 0 or not np.isfinite(value):
+            return str(value)
+        digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
+        return f"{value:.1e}" if abs(value) < 1e-3 else f"{round(value, digits):,.{min(digits, 4)}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
