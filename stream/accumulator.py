@@ -75,7 +75,8 @@ class Accumulator:
         if self._contracted is None:
             self._sum(rows, self._row_spectra(rows), -1)
         else:
-            self._psi -= (self._turns(rows)[self._entry_row] * self._contracted[rows].T).sum(axis=1)
+            held = self._contracted[self._device.xp.asarray(rows)]
+            self._psi -= (self._turns(rows)[self._entry_row] * held.T).sum(axis=1)
         self._in_psi[rows] = False
 
     def _turns(self, rows: np.ndarray) -> Any:
@@ -95,7 +96,7 @@ class Accumulator:
         # One row at a time stays in a core's cache; a GPU wants them all at once.
         step = len(rows) if self._device.is_gpu else 1
         self._map(transform, [slice(start, start + step) for start in range(0, len(rows), step)])
-        self._row_sums[rows] = spectra[:, 0].real
+        self._row_sums[self._device.xp.asarray(rows)] = spectra[:, 0].real
         return spectra
 
     def _sum(self, rows: np.ndarray, spectra: Any, sign: int) -> None:
@@ -104,6 +105,7 @@ class Accumulator:
         count = len(rows)
         columns, weights = self.kernels.passband.columns, self.kernels.weights
         turns = sign * self._turns(rows)
+        slots = xp.asarray(rows)
 
         def contract(share: range) -> None:
             parts = xp.empty((2 * count, weights.shape[1]), np.float32) if self.kernels.is_real else None
@@ -117,7 +119,7 @@ class Accumulator:
                     both = weights[entries] @ parts.T
                     product = both[:, :count] + 1j * both[:, count:]
                 if self._contracted is not None:
-                    self._contracted[rows, entries] = product.T
+                    self._contracted[slots, entries] = product.T
                 self._psi[entries] += (turns[self._entry_row[entries]] * product).sum(axis=1)
 
         with self._blas.limit(limits=1):
@@ -132,7 +134,7 @@ class Accumulator:
 
     def mean_bf_pattern(self) -> Any:
         """mu(k): the mean of the acquired rows' bright-field patterns, float32 (K,) on the device [counts/frame]."""
-        rows = np.flatnonzero(self._in_psi)
+        rows = self._device.xp.asarray(np.flatnonzero(self._in_psi))
         return self._row_sums[rows].mean(axis=0) / self.kernels.passband.scan_shape[1]
 
     def object(self, mean_intensity: float) -> np.ndarray:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 #: Frames that are looked at to find the bright-field disk, where the series has as many.
 SURVEY_FRAMES = 256
 
-#: ... and the most memory that they may wait in.
+#: ... and the most memory that they may take, decoded.
 _BACKLOG_BYTES = 256 << 20
 
 
@@ -71,7 +71,7 @@ class Reconstruction:
         self._resolution.require()
         self._passes = passes
         self._backlog: list[FrameBlock] = []
-        self._backlog_frames = self._backlog_bytes = 0
+        self._backlog_frames = 0
         self._unread: list[tuple[int, str]] = []
         self.engine: Engine | None = None
         self.parameters: Parameters | None = None
@@ -132,12 +132,17 @@ class Reconstruction:
         return self._resolution.resolve(self._measure_disk() if self._resolution.needs_disk else None)
 
     @property
+    def _survey_frames(self) -> int:
+        """How many frames are looked at: fewer of small scans and of large frames."""
+        most = max(16, _BACKLOG_BYTES // self.start.frame_bytes)
+        return min(SURVEY_FRAMES, most, math.prod(self._resolution.known["scan_shape"]))
+
+    @property
     def surveyed(self) -> bool:
         """Whether enough frames came to find the bright-field disk, if it must be found."""
         if not self._resolution.needs_disk:
             return True
-        wanted = min(SURVEY_FRAMES, math.prod(self._resolution.known["scan_shape"]))
-        return self._backlog_frames >= wanted or self._backlog_bytes >= _BACKLOG_BYTES
+        return self._backlog_frames >= self._survey_frames
 
     def _note_frames(self, frames_per_pass: int, passes: int | None) -> None:
         announced = self.start.frames
@@ -152,17 +157,19 @@ class Reconstruction:
         self.notes.append(note)
 
     def _measure_disk(self) -> MeasuredDisk:
+        looked_at = 0
         survey = Survey(self.start.detector_shape, self.start.dtype, self._good())
         for block in self._backlog:
-            frames = []
-            for offset, size in zip(block.offsets, block.sizes, strict=True):
+            # Exactly as many as are needed: a replay, which comes in other blocks, must find the same disk.
+            count = min(len(block), self._survey_frames - looked_at)
+            looked_at += count
+            for offset, size in zip(block.offsets[:count], block.sizes[:count], strict=True):
                 payload = block.slab[offset : offset + size]
                 try:
-                    frames.append(codec.decode(payload, block.encoding, self.start.detector_shape, self.start.dtype))
+                    frame = codec.decode(payload, block.encoding, self.start.detector_shape, self.start.dtype)
                 except ProtocolError:
                     continue  # the engine will count it
-            if frames:
-                survey.add(np.stack(frames))
+                survey.add(frame[None])
         known = self._resolution.known
         if survey.frames == 0:
             raise ConfigurationError(
@@ -187,7 +194,6 @@ class Reconstruction:
             return
         self._backlog.append(block.compact())
         self._backlog_frames += len(block)
-        self._backlog_bytes += int(block.sizes.sum())
         if self.surveyed and not self._survey_only:
             self.prepare()
 

@@ -56,11 +56,12 @@ class RowRing:
                 slot += new
         else:
             # Columns without a frame are never read, so a fresh slot needs no clearing.
+            xp = self._device.xp
             columns = np.flatnonzero(received)
             first = fresh | (self.frames[row, columns] == 0)
-            slot[columns[first]] = self._device.xp.asarray(counts[columns[first]])
+            slot[xp.asarray(columns[first])] = xp.asarray(counts[columns[first]])
             if not first.all():
-                slot[columns[~first]] += self._device.xp.asarray(counts[columns[~first]])
+                slot[xp.asarray(columns[~first])] += xp.asarray(counts[columns[~first]])
         self.frames[row] = received if fresh else self.frames[row] + received
         self.pass_of_row[row] = max(pass_, self.pass_of_row[row])
 
@@ -76,8 +77,8 @@ class RowRing:
             frames = self.frames[row]
             if (frames == 1).all():
                 continue
-            held = xp.asarray(frames > 0)
-            out[i][held] /= xp.asarray(frames[frames > 0], dtype=np.float32)[:, None]
+            held = xp.asarray(np.flatnonzero(frames))
+            out[i, held] /= xp.asarray(frames[frames > 0], dtype=np.float32)[:, None]
             if not (frames > 0).all():
-                out[i][~held] = out[i][held].mean(axis=0)
+                out[i, xp.asarray(np.flatnonzero(frames == 0))] = out[i, held].mean(axis=0)
         return out
