@@ -62,22 +62,14 @@ class Scan:
         blocks = [maker.block(number)[1] for number in range(maker.block_count)]
         frames = np.concatenate(blocks).reshape(*start.scan_shape, *start.detector_shape)
         has = {"rolloff_mrad": 2.0, "rotation_deg": 0.0, "transpose": False, "aberrations": {}, **start.settings}
-        probe = stream.Probe(
-            energy_ev=1e3 * has["energy_kev"],
-            semiangle=1e-3 * has["semiangle_mrad"],
-            rolloff=1e-3 * has["rolloff_mrad"],
-            aberrations=stream.Aberrations.from_user(has["aberrations"]),
-            axes=stream.AxesRelation(math.radians(has["rotation_deg"]), has["transpose"]),
-        )
+        energy, alpha, rolloff = 1e3 * has["energy_kev"], has["semiangle_mrad"], 1e-3 * has["rolloff_mrad"]
+        axes = stream.AxesRelation(math.radians(has["rotation_deg"]), has["transpose"])
+        aberrations = stream.Aberrations.from_user(has["aberrations"])
+        probe = stream.Probe(energy, 1e-3 * alpha, rolloff, aberrations, axes)
         mean_pattern = frames.mean(axis=(0, 1))
-        disk = np.nonzero(mean_pattern > mean_pattern.max() / 2)
-        geometry = stream.DetectorGeometry(
-            shape=start.detector_shape,
-            pixel_mrad=has["detector_pixel_mrad"],
-            bf_centre_px=(disk[0].mean(), disk[1].mean()),
-            semiangle_mrad=has["semiangle_mrad"],
-            good=np.ones(start.detector_shape, bool),
-        )
+        rows, columns = np.nonzero(mean_pattern > mean_pattern.max() / 2)
+        centre, good = (rows.mean(), columns.mean()), np.ones(start.detector_shape, bool)
+        geometry = stream.DetectorGeometry(start.detector_shape, has["detector_pixel_mrad"], centre, alpha, good)
         return cls(frames, tuple(has["scan_step_angstrom"]), probe, geometry)
 
     @property
@@ -95,9 +87,6 @@ class Scan:
         return self.probe.axes.to_detector(q_row[row], q_column[column])
 
 
-Kernel = Callable[[stream.Probe, Any, Any], np.ndarray]
-
-
 def one_sideband(probe: stream.Probe, k: Any, q: Any) -> np.ndarray:
     return 2.0 * stream.overlap_masks(probe, k, q).double
 
@@ -108,7 +97,7 @@ def both_sidebands(probe: stream.Probe, k: Any, q: Any) -> np.ndarray:
     return np.where(size > 1e-3, gamma.conj() / np.maximum(size, 1e-3), 0)
 
 
-def reconstruct(scan: Scan, kernel: Kernel) -> np.ndarray:
+def reconstruct(scan: Scan, kernel: Callable[..., np.ndarray]) -> np.ndarray:
     """The complex object, by the book."""
     bright_field = scan.frames.reshape(*scan.shape, -1)[:, :, scan.geometry.bf_pixels]
     spectra = np.fft.fft2(bright_field, axes=(0, 1))
@@ -167,17 +156,15 @@ def main(output: Path, data: Path | None = None) -> None:
     draw("trotters", {scan_frequency(scan, w): partial(wave, scan, g, w) for w, g in ((LOW, low), (HIGH, high))})
 
     masks = stream.overlap_masks(scan.probe, scan.k, scan.q(*LOW))
-    other = masks.aperture & masks.plus & ~masks.minus
-    between = np.angle(low[masks.double].sum() / low[other].sum())
+    other = stream.overlap_masks(scan.probe, scan.k, scan.q(-LOW[0], -LOW[1]))
+    between = np.angle(low[masks.double].sum() / low[other.double].sum())
     print(f"phase between the trotters of q bin {LOW}: {abs(between):.3f} rad")
     overlaps = {"A(k)": masks.aperture, "A(k−q)": masks.minus, "A(k+q)": masks.plus}
-    panels = {title: partial(region, scan, where=LOW, flags=mask) for title, mask in overlaps.items()}
-    for where in (LOW, HIGH):
-        panels[f"overlaps at\n{scan_frequency(scan, where)}"] = partial(region, scan, where)
-    draw("overlaps", panels)
+    panels = {title: partial(region, scan, LOW, mask) for title, mask in overlaps.items()}
+    draw("overlaps", panels | {scan_frequency(scan, where): partial(region, scan, where) for where in (LOW, HIGH)})
 
     single = np.angle(reconstruct(scan, one_sideband))
-    draw("one_sideband", {"one sideband": partial(image, scan, single)})
+    draw("one_sideband", {"one sideband": partial(image, scan, single, single)})
 
     gamma = stream.overlap_function(scan.probe, scan.k, scan.q(*LOW))
     compensated = low * both_sidebands(scan.probe, scan.k, scan.q(*LOW))
@@ -201,11 +188,8 @@ def main(output: Path, data: Path | None = None) -> None:
         recording = Path(folder) / "recording.h5"
         result, snapshots = asyncio.run(live(maker, scan, recording))
         offline = stream.reconstruct(recording, bf_centre_px=scan.geometry.bf_centre_px)
-    panels = {}
-    for snapshot in snapshots:
-        title = f"{snapshot.rows_acquired} rows, {snapshot.rows_acquired / scan.shape[0]:.0%}"
-        panels[title] = partial(image, scan, snapshot.images["phase"], result.phase)
-    draw("stream", panels)
+    came = {f"{snapshot.rows_acquired} of {scan.shape[0]} rows": snapshot.images["phase"] for snapshot in snapshots}
+    draw("stream", {title: partial(image, scan, phase, result.phase) for title, phase in came.items()})
 
     if (truth := expected_phase(data)) is not None:
         for name, phase in {**phases, "streamed": result.phase}.items():
@@ -243,7 +227,7 @@ def plate(output: Path, name: str, panels: dict[str, Callable[[Any], None]], col
     size = (width, rows * (0.78 * width / columns + (1.0 if columns > 1 else 0.2)))
     drawn, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for one, (title, panel) in zip(axes.flat, panels.items(), strict=True):
-        panel(one)
+        panel(axes=one)
         one.set_title(title, fontsize=10)
     drawn.savefig(output / f"tutorial_{name}.png", dpi=130, metadata={"Software": None})
     plt.close(drawn)
@@ -271,7 +255,7 @@ def disks(axes: Any, scan: Scan, where: tuple[int, int] | None) -> None:
         axes.add_patch(plt.Circle(sign * q[::-1], scan.geometry.semiangle_mrad, fill=False, ec="w", ls=style, lw=1.2))
 
 
-def counts(scan: Scan, pattern: np.ndarray, axes: Any) -> None:
+def counts(scan: Scan, pattern: np.ndarray, *, axes: Any) -> None:
     shown = detector(axes, scan, pattern, 30, cmap="magma")
     disks(axes, scan, None)
     axes.figure.colorbar(shown, ax=axes, label="counts per frame", shrink=0.85)
@@ -288,7 +272,7 @@ def complex_colours(values: np.ndarray, brightest: float) -> np.ndarray:
     return np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def wave(scan: Scan, values: np.ndarray, where: tuple[int, int] | None, axes: Any) -> None:
+def wave(scan: Scan, values: np.ndarray, where: tuple[int, int] | None = None, *, axes: Any) -> None:
     """A complex picture on the detector, with the wheel that explains its colours."""
     detector(axes, scan, complex_colours(values, np.percentile(np.abs(values), 99.5)), 28)
     disks(axes, scan, where)
@@ -302,7 +286,7 @@ def wave(scan: Scan, values: np.ndarray, where: tuple[int, int] | None, axes: An
     wheel.axis("off")
 
 
-def region(scan: Scan, where: tuple[int, int], axes: Any, flags: np.ndarray | None = None) -> None:
+def region(scan: Scan, where: tuple[int, int], flags: np.ndarray | None = None, *, axes: Any) -> None:
     """One mask, or all regions of overlap in colours."""
     masks = stream.overlap_masks(scan.probe, scan.k, scan.q(*where))
     other = masks.aperture & masks.plus & ~masks.minus
@@ -314,8 +298,8 @@ def region(scan: Scan, where: tuple[int, int], axes: Any, flags: np.ndarray | No
         axes.figure.legend(handles=patches[1:], loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
-def image(scan: Scan, phase: np.ndarray, like: np.ndarray, tiles: int, axes: Any) -> None:
-    """A phase image, tiled, axes in Å, on the grey scale of ``like``; grey where no row has come yet."""
+def image(scan: Scan, phase: np.ndarray, like: np.ndarray, tiles: int = 1, *, axes: Any) -> None:
+    """A phase image, tiled, axes in Å, on the colour scale of ``like``; grey where no row has come yet."""
     rows, columns = (tiles * n * step for n, step in zip(scan.shape, scan.step, strict=True))
     palette, span = mpl.colormaps["magma"].with_extremes(bad="0.85"), {"vmin": like.min(), "vmax": like.max()}
     shown = axes.imshow(np.tile(phase, (tiles, tiles)), extent=(0, columns, rows, 0), cmap=palette, **span)

@@ -12,7 +12,8 @@ where at most one bit in ``_SPARSE`` is set, the set bits are visited one by one
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import Executor
+from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import llvmlite.binding
@@ -23,7 +24,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from detectors.codec import BLOCK_BYTES, bitshuffle_library
-from detectors.messages import FrameBlock
+from detectors.messages import Encoding, FrameBlock
 
 #: Columns of the per-position sums.
 TOTAL, BRIGHT_FIELD, MOMENT_ROW, MOMENT_COLUMN = range(4)
@@ -256,6 +257,17 @@ def _decode_frames(
             slab, offsets[i], sizes[i], encoding, plan, frame, planes, pattern, column_sums, rows[target], moments
         )
         sums[target] = moments
+
+
+def compile_ahead(dtypes: Iterable[str] = ("<u1", "<u2")) -> None:
+    """Compile the decoder for these pixel types, or load it from disk, before a stream needs it."""
+    nothing, one = np.zeros(0, np.int64), np.zeros(1, bool)
+    with ThreadPoolExecutor(1) as executor:
+        for name in dtypes:
+            dtype = np.dtype(name)
+            decoder = FrameDecoder((1, 1), dtype, np.zeros(1, np.int64), one.reshape(1, 1), executor, 1)
+            block = FrameBlock(0, Encoding.RAW, nothing, nothing, nothing, np.zeros(0, np.uint8))
+            decoder.decode(block, nothing, np.zeros((1, 1), dtype), np.zeros((1, 4), decoder.sums_dtype))
 
 
 class _Worker:

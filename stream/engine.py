@@ -276,9 +276,7 @@ class Engine:
         expected = passes * self.setup.scan.frames_per_pass
         if announced is not None:
             expected = min(announced, expected) if self.setup.passes else announced
-        _, rows, _ = self.setup.scan.locate(np.arange(expected) if expected < 1 << 22 else np.arange(0))
-        positions = int(np.count_nonzero(rows >= 0)) if len(rows) else passes * int(np.prod(self.setup.scan.shape))
-        self._finished_missing = max(0, positions - self._accepted)
+        self._finished_missing = max(0, self.setup.scan.positions_in(expected) - self._accepted)
 
     # rows into the image
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +68,7 @@ class Reconstruction:
         self.start, self.source, self._device = start, source, device
         self._file_mask, self._threads = file_mask, threads
         self._survey_only = survey_only
+        self._preparing = threading.Lock()
         self._resolution = Resolution([*layers, Layer.of(start_source, own, ignore_unknown=True)])
         self._resolution.require()
         self._passes = passes
@@ -113,8 +115,10 @@ class Reconstruction:
 
         Takes up to seconds. Raises ``ConfigurationError`` (no disk can be found, ...) or ``DoesNotFit``.
         """
-        if self.engine is not None:
-            return self.engine
+        with self._preparing:
+            return self.engine or self._prepare()
+
+    def _prepare(self) -> Engine:
         parameters = self.look()
         setup = parameters.setup(self.start.detector_shape, self.start.dtype, self._resolve_passes(), self._file_mask)
         engine = Engine(setup, self._device, threads=self._threads)
@@ -218,20 +222,23 @@ class Reconstruction:
         Before the first frames are through, they apply from the start. Raises ``ConfigurationError``.
         """
         layer = Layer.of("control", values)
-        self._resolution = self._resolution.overlaid(layer)
-        if self.engine is None or self.parameters is None:
-            return
-        merged = {**self.parameters.values, **layer.settings.given}
-        sources = {**self.parameters.sources, **dict.fromkeys(layer.settings.given, "control")}
+        with self._preparing:
+            self._resolution = self._resolution.overlaid(layer)
+            if self.engine is not None and self.parameters is not None:
+                self._change(self.engine, self.parameters, layer)
+
+    def _change(self, engine: Engine, parameters: Parameters, layer: Layer) -> None:
+        merged = {**parameters.values, **layer.settings.given}
+        sources = {**parameters.sources, **dict.fromkeys(layer.settings.given, "control")}
         probe = Probe(
-            self.engine.setup.probe.energy_ev,
-            self.engine.setup.probe.semiangle,
-            self.engine.setup.probe.rolloff,
+            engine.setup.probe.energy_ev,
+            engine.setup.probe.semiangle,
+            engine.setup.probe.rolloff,
             Aberrations.from_user(merged["aberrations"]),
             AxesRelation(math.radians(merged["rotation_deg"]), merged["transpose"]),
         )
-        self.engine.change(probe, method_named(merged["method"]))
-        self.parameters = Parameters(merged, sources, self.parameters.bad_pixels)
+        engine.change(probe, method_named(merged["method"]))
+        self.parameters = Parameters(merged, sources, parameters.bad_pixels)
 
     @property
     def counters(self) -> Counters:

@@ -58,6 +58,15 @@ class ScanPattern:
         )
         return body + self.flyback_frames_per_pass
 
+    def positions_in(self, frames: int) -> int:
+        """How many of the frames 0 ... ``frames`` - 1 belong to a position."""
+
+        def count(first_frames: int) -> int:
+            return int(np.count_nonzero(self.locate(np.arange(first_frames))[1] >= 0))
+
+        passes, rest = divmod(frames, self.frames_per_pass)
+        return passes * count(self.frames_per_pass) + count(rest)
+
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(pass, row, column) of each frame index, int64 arrays; row and column are -1 for a frame without position."""
         passes, within = np.divmod(indices, self.frames_per_pass)

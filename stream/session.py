@@ -24,6 +24,7 @@ from typing import Any
 from detectors.errors import ConfigurationError, ConnectionFailed, LiveptychoError
 from detectors.messages import FrameBlock, Message, SeriesEnd, SeriesStart, Undecodable
 from detectors.registry import protocol_named
+from stream import decode
 from stream.array import choose_device
 from stream.config import Layer
 from stream.intake import Orphans, Silence, messages
@@ -36,9 +37,9 @@ from stream.snapshot import IMAGE_UNITS, Snapshot
 
 logger = logging.getLogger(__name__)
 
-#: Snapshots are at least this far apart [s], and never take more than about a tenth of a core.
+#: Snapshots are at least this far apart [s], and never take more than about a quarter of a core.
 _FASTEST_S = 1 / 30
-_SNAPSHOT_SHARE = 0.1
+_SNAPSHOT_SHARE = 0.25
 #: ... and at most so far apart [s]: a viewer takes a longer silence for the session's end.
 _SLOWEST_S = 1.0
 #: Once the end message came, or every pass is complete, stragglers are waited for so long [s].
@@ -125,6 +126,8 @@ class Session:
     async def __aenter__(self) -> Session:
         options = self.options
         self._stack = AsyncExitStack()
+        # The first run on a machine takes seconds here, later ones find the compiled code on disk.
+        await asyncio.to_thread(decode.compile_ahead)
         try:
             self._receiver = await self._stack.enter_async_context(
                 Receiver(options.addresses, bind=options.bind, pattern=options.pattern)
@@ -298,6 +301,7 @@ class Session:
         if not self.options.follow:
             raise error
         self._skip = None if self._run is None else self._run.start.series
+        self._close_recorder()
         logger.error("%s", error)
         self._set_state("failed", str(error))
         return False
@@ -329,9 +333,9 @@ class Session:
             self._set_state("scanning", "")
         self._dirty = True
         self._rows.set()
-        return await self._finish_if_complete()
+        return await self._finish_if_complete(block)
 
-    async def _finish_if_complete(self) -> bool:
+    async def _finish_if_complete(self, block: FrameBlock) -> bool:
         run = self._run
         assert run is not None
         if run.engine is None:
@@ -339,12 +343,11 @@ class Session:
         passes = run.engine.setup.passes
         if passes is None or run.engine.passes_done < passes:
             return False
-        expected = passes * run.engine.setup.scan.frames_per_pass
-        if run.start.frames is None or run.start.frames > expected:
-            # The stream goes on, but what was asked for is there.
+        # Everything is there: the end message should follow, unless the stream goes on beyond what was asked for.
+        self._ending = True
+        if int(block.indices.max()) >= passes * run.engine.setup.scan.frames_per_pass:
             await self._finish("")
             return True
-        self._ending = self._ending or run.counters.received >= expected
         return False
 
     async def _silence(self, seconds: float) -> bool:

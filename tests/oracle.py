@@ -5,6 +5,7 @@ Everything is written out as in docs/mathematics.md with plain NumPy loops over 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -122,3 +123,10 @@ def relative_error(answer: np.ndarray, reference: np.ndarray) -> float:
     """Norm of the difference of the mean-free objects over the norm of the mean-free reference."""
     answer, reference = answer - answer.mean(), reference - reference.mean()
     return float(np.linalg.norm(answer - reference) / np.linalg.norm(reference))
+
+
+def coefficients(user: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Å and degrees by ``C12``, ``phi12``, ... as (magnitude, azimuth [rad]) by symbol."""
+    return {
+        key: (value, float(np.deg2rad(user.get(f"phi{key[1:]}", 0.0)))) for key, value in user.items() if key[0] == "C"
+    }

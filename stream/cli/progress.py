@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console()
+#: Lines are not wrapped: they may be read by other programs.
+console = Console(soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
