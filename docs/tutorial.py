@@ -1,8 +1,7 @@
 """The script of docs/tutorial.md: single-sideband ptychography step by step, then the same data live.
 
-    python docs/tutorial.py                          simulate SrTiO3, write the pictures to docs/images
-    python docs/tutorial.py --data scan.h5           the same with a 4D-STEM file of one unit cell
-    python docs/tutorial.py --output pictures        write the pictures somewhere else
+    python docs/tutorial.py                      simulate SrTiO3, write the pictures to docs/images
+    python docs/tutorial.py --data scan.h5       the same with a 4D-STEM file of one unit cell
 
 The physics comes first, the drawing last. Needs matplotlib: pip install 'liveptycho[tutorial]'.
 """
@@ -14,36 +13,34 @@ import asyncio
 import math
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import matplotlib as mpl
 import numpy as np
 
 import stream
+from detectors.codec import encode
+from detectors.messages import Encoding, SeriesId, SeriesStart
 from detectors.sender import serve
 from detectors.simulation import SimulatedScan
-from detectors.source import EncodedSource, FrameMaker
+from detectors.source import FrameMaker
 from stream.offline import FileFrames
 from stream.spectra import spectrum_at
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+# One unit cell of SrTiO3 [001], so that the scan tiles.
 SIMULATION = SimulatedScan(
-    scan_shape=(48, 48),
-    scan_step_angstrom=(3.905 / 48, 3.905 / 48),  # one unit cell of SrTiO3 [001], so that the scan tiles
-    energy_kev=200.0,
-    semiangle_mrad=20.0,
-    rotation_deg=-15.0,
-    detector_shape=(96, 96),
-    detector_pixel_mrad=(1.06, 1.06),
-    electrons_per_frame=8000.0,
-)
+    scan_shape=(48, 48), scan_step_angstrom=(3.905 / 48, 3.905 / 48), rotation_deg=-15.0,
+    energy_kev=200.0, semiangle_mrad=20.0, electrons_per_frame=8000.0,
+    detector_shape=(96, 96), detector_pixel_mrad=(1.06, 1.06),
+)  # fmt: skip
 LOW, HIGH = (2, 0), (2, 2)  # bins of the scan's Fourier transform: the reflections 200 and 220
 
 
@@ -62,14 +59,14 @@ class Scan:
         blocks = [maker.block(number)[1] for number in range(maker.block_count)]
         frames = np.concatenate(blocks).reshape(*start.scan_shape, *start.detector_shape)
         has = {"rolloff_mrad": 2.0, "rotation_deg": 0.0, "transpose": False, "aberrations": {}, **start.settings}
-        energy, alpha, rolloff = 1e3 * has["energy_kev"], has["semiangle_mrad"], 1e-3 * has["rolloff_mrad"]
+        energy, alpha, rolloff = 1e3 * has["energy_kev"], 1e-3 * has["semiangle_mrad"], 1e-3 * has["rolloff_mrad"]
         axes = stream.AxesRelation(math.radians(has["rotation_deg"]), has["transpose"])
         aberrations = stream.Aberrations.from_user(has["aberrations"])
-        probe = stream.Probe(energy, 1e-3 * alpha, rolloff, aberrations, axes)
+        probe = stream.Probe(energy, alpha, rolloff, aberrations, axes)
         mean_pattern = frames.mean(axis=(0, 1))
         rows, columns = np.nonzero(mean_pattern > mean_pattern.max() / 2)
         centre, good = (rows.mean(), columns.mean()), np.ones(start.detector_shape, bool)
-        geometry = stream.DetectorGeometry(start.detector_shape, has["detector_pixel_mrad"], centre, alpha, good)
+        geometry = stream.DetectorGeometry(start.detector_shape, has["detector_pixel_mrad"], centre, 1e3 * alpha, good)
         return cls(frames, tuple(has["scan_step_angstrom"]), probe, geometry)
 
     @property
@@ -111,29 +108,35 @@ def reconstruct(scan: Scan, kernel: Callable[..., np.ndarray]) -> np.ndarray:
     return np.fft.ifft2(psi) / scan.frames.sum(axis=(2, 3)).mean()
 
 
-class PausingSource(EncodedSource):
-    """Frames of a scan that rests after each of the rows ``stops`` until ``go`` is released, for as long as 20 s."""
+class PausingSource:
+    """A scan, row by row, for ``serve``; after each of ``stops`` rows the beam rests until ``go`` is released."""
 
-    def __init__(self, maker: FrameMaker, columns: int, stops: list[int]) -> None:
-        super().__init__(maker)
-        self.ends, self.go = [columns * row for row in stops], threading.Semaphore(0)
+    encoding = Encoding.BSLZ4
 
-    def blocks(self) -> Iterator[tuple[int, Sequence[Any]]]:
-        for first, payloads in super().blocks():
-            yield first, payloads
-            for _ in [end for end in self.ends if first < end <= first + len(payloads)]:
-                self.go.acquire(timeout=20)
+    def __init__(self, start: SeriesStart, scan: Scan, stops: list[int]) -> None:
+        self.announced, self.scan, self.stops, self.go = start, scan, stops, threading.Semaphore(0)
+        self.frames_per_pass = math.prod(scan.shape)
+
+    def start(self, series: SeriesId) -> SeriesStart:
+        return replace(self.announced, series=series)
+
+    def blocks(self) -> Iterator[tuple[int, list[bytes]]]:
+        for row, frames in enumerate(self.scan.frames):
+            time.sleep(0.01)
+            yield row * len(frames), [encode(frame, self.encoding) for frame in frames]
+            if row + 1 in self.stops:
+                self.go.acquire(timeout=60)
 
 
-async def live(maker: FrameMaker, scan: Scan, recording: Path) -> tuple[stream.Result, list[stream.Snapshot]]:
-    """Send the frames over ZeroMQ into a session; its result, and the images at 10, 25, 50 and 100 % of the rows."""
+async def live(start: SeriesStart, scan: Scan, recording: Path) -> tuple[stream.Result, list[stream.Snapshot]]:
+    """Send the scan over ZeroMQ into a session; its result, and the images at 10, 25, 50 and 100 % of the rows."""
     rows, columns = scan.shape
     stops = [math.ceil(share * rows) for share in (0.10, 0.25, 0.50, 1.00)]
-    source = PausingSource(maker, columns, stops)
-    endpoint: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    sender = asyncio.create_task(serve(source, "tcp://127.0.0.1:*", rate=2000, ready=endpoint.set_result))
-    address, taken = await endpoint, []
-    async with stream.open_session(address, bf_centre_px=scan.geometry.bf_centre_px, record=recording) as session:
+    source, taken = PausingSource(start, scan, stops[:-1]), []
+    bound: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    sending = serve(source, "tcp://127.0.0.1:*", frames_per_message=columns, ready=bound.set_result)
+    sender, centre = asyncio.create_task(sending), scan.geometry.bf_centre_px
+    async with stream.open_session(await bound, bf_centre_px=centre, record=recording) as session:
         async for snapshot in session:
             while len(taken) < len(stops) and snapshot.rows_acquired >= stops[len(taken)]:
                 taken.append(snapshot)
@@ -149,15 +152,15 @@ def main(output: Path, data: Path | None = None) -> None:
     scan = Scan.read(maker)
 
     mean_pattern = scan.frames.mean(axis=(0, 1))
-    one_frame = scan.frames[0, 0]
-    draw("patterns", {"one frame": partial(counts, scan, one_frame), "mean": partial(counts, scan, mean_pattern)})
+    patterns = {"one frame": scan.frames[0, 0], "mean of all frames": mean_pattern}
+    draw("patterns", {title: partial(counts, scan, pattern) for title, pattern in patterns.items()})
 
     low, high = (spectrum_at(scan.frames, *where) for where in (LOW, HIGH))
     draw("trotters", {scan_frequency(scan, w): partial(wave, scan, g, w) for w, g in ((LOW, low), (HIGH, high))})
 
     masks = stream.overlap_masks(scan.probe, scan.k, scan.q(*LOW))
-    other = stream.overlap_masks(scan.probe, scan.k, scan.q(-LOW[0], -LOW[1]))
-    between = np.angle(low[masks.double].sum() / low[other.double].sum())
+    opposite = stream.overlap_masks(scan.probe, scan.k, scan.q(-LOW[0], -LOW[1]))
+    between = np.angle(low[masks.double].sum() / low[opposite.double].sum())
     print(f"phase between the trotters of q bin {LOW}: {abs(between):.3f} rad")
     overlaps = {"A(k)": masks.aperture, "A(k−q)": masks.minus, "A(k+q)": masks.plus}
     panels = {title: partial(region, scan, LOW, mask) for title, mask in overlaps.items()}
@@ -186,37 +189,20 @@ def main(output: Path, data: Path | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         recording = Path(folder) / "recording.h5"
-        result, snapshots = asyncio.run(live(maker, scan, recording))
+        result, snapshots = asyncio.run(live(maker.start(1), scan, recording))
         offline = stream.reconstruct(recording, bf_centre_px=scan.geometry.bf_centre_px)
     came = {f"{snapshot.rows_acquired} of {scan.shape[0]} rows": snapshot.images["phase"] for snapshot in snapshots}
     draw("stream", {title: partial(image, scan, phase, result.phase) for title, phase in came.items()})
 
-    if (truth := expected_phase(data)) is not None:
-        for name, phase in {**phases, "streamed": result.phase}.items():
-            print(f"correlation with the expected phase, {name}: {np.corrcoef(phase.ravel(), truth.ravel())[0, 1]:.4f}")
-    print(f"streamed against offline, relative difference: {relative(result.object, offline.object):.1e}")
-    print(f"streamed against the book, relative difference: {relative(result.object, both):.1e}")
-
-
-def relative(one: np.ndarray, other: np.ndarray) -> float:
-    """How far two objects are apart, measured by how far the other one is from vacuum."""
-    return float(np.linalg.norm(one - other) / np.linalg.norm(other - 1))
-
-
-def expected_phase(data: Path | None) -> np.ndarray | None:
-    """What a perfect SSB reconstruction gives: known of a simulation, and of a file that says so."""
-    if data is None:
-        return SIMULATION.expected_ssb_phase
-    with h5py.File(data) as file:
-        return file["expected_ssb_phase"][()] if "expected_ssb_phase" in file else None
+    for name, phase in {**phases, "streamed": result.phase}.items() if data is None else ():
+        correlation = np.corrcoef(phase.ravel(), SIMULATION.expected_ssb_phase.ravel())[0, 1]
+        print(f"correlation with the expected phase, {name}: {correlation:.4f}")
+    for name, other in (("offline", offline.object), ("the book", both)):
+        difference = np.abs(result.object - other).max() / np.abs(other - 1).max()
+        print(f"streamed against {name}, relative difference: {difference:.1e}")
 
 
 # The pictures. Each panel is a function of its axes; ``plate`` puts panels side by side.
-
-_REGIONS = {  # colours of the overlap picture, darkest first
-    "outside": (0.10, 0.10, 0.13), "aperture": (0.45, 0.47, 0.52), "double overlap with A(k−q)": (0.20, 0.55, 0.90),
-    "double overlap with A(k+q)": (0.95, 0.55, 0.15), "triple overlap": (0.95, 0.92, 0.85),
-}  # fmt: skip
 
 
 def plate(output: Path, name: str, panels: dict[str, Callable[[Any], None]], columns: int = 5) -> None:
@@ -224,12 +210,13 @@ def plate(output: Path, name: str, panels: dict[str, Callable[[Any], None]], col
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     width = {1: 4.6, 2: 9.0}.get(columns, 10.8)
-    size = (width, rows * (0.78 * width / columns + (1.0 if columns > 1 else 0.2)))
+    size = (width, rows * (0.76 * width / columns + 0.75))
     drawn, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for one, (title, panel) in zip(axes.flat, panels.items(), strict=True):
         panel(axes=one)
         one.set_title(title, fontsize=10)
-    drawn.savefig(output / f"tutorial_{name}.png", dpi=130, metadata={"Software": None})
+        one.set(ylabel=one.get_ylabel() if one.get_subplotspec().is_first_col() else "")
+    drawn.savefig(output / f"tutorial_{name}.png", dpi=130, bbox_inches="tight", metadata={"Software": None})
     plt.close(drawn)
 
 
@@ -237,27 +224,23 @@ def scan_frequency(scan: Scan, where: tuple[int, int]) -> str:
     return f"λ|q| = {2 * np.hypot(*scan.q(*where)) / scan.probe.cutoff:.2f} α"
 
 
-def detector(axes: Any, scan: Scan, picture: np.ndarray, limit: float, **how: Any) -> Any:
-    """A picture on the detector, angles in mrad on its axes, cut at ``limit``."""
-    row, column = (1e3 * angle for angle in scan.geometry.angles)
-    half = [pixel / 2 for pixel in scan.geometry.pixel_mrad]
-    extent = (column.min() - half[1], column.max() + half[1], row.max() + half[0], row.min() - half[0])
-    shown = axes.imshow(picture, extent=extent, interpolation="nearest", **how)
+def detector(axes: Any, scan: Scan, picture: np.ndarray, limit: float, where: Any = (0, 0), **how: Any) -> Any:
+    """A picture on the detector in mrad, up to ``limit``; the outlines of A(k), dashed A(k-q), dotted A(k+q)."""
+    (top, bottom), (left, right) = (
+        (1e3 * angle.min() - pixel / 2, 1e3 * angle.max() + pixel / 2)
+        for angle, pixel in zip(scan.geometry.angles, scan.geometry.pixel_mrad, strict=True)
+    )
+    shown = axes.imshow(picture, extent=(left, right, bottom, top), interpolation="nearest", **how)
     axes.set(xlim=(-limit, limit), ylim=(limit, -limit), xlabel="column angle (mrad)", ylabel="row angle (mrad)")
     axes.locator_params(nbins=5)
+    centre = np.array(scan.q(*where)[::-1]) * scan.probe.wavelength * 1e3
+    for sign, style in ((0, "-"), (1, "--"), (-1, ":"))[: 3 if any(where) else 1]:
+        axes.add_patch(plt.Circle(sign * centre, scan.geometry.semiangle_mrad, fill=False, ec="w", ls=style, lw=1.2))
     return shown
-
-
-def disks(axes: Any, scan: Scan, where: tuple[int, int] | None) -> None:
-    """The outlines of A(k) and, dashed, A(k-q) and, dotted, A(k+q)."""
-    q = np.array(scan.q(*where)) * scan.probe.wavelength * 1e3 if where else np.zeros(2)
-    for sign, style in ((0, "-"), (1, "--"), (-1, ":"))[: 3 if where else 1]:
-        axes.add_patch(plt.Circle(sign * q[::-1], scan.geometry.semiangle_mrad, fill=False, ec="w", ls=style, lw=1.2))
 
 
 def counts(scan: Scan, pattern: np.ndarray, *, axes: Any) -> None:
     shown = detector(axes, scan, pattern, 30, cmap="magma")
-    disks(axes, scan, None)
     axes.figure.colorbar(shown, ax=axes, label="counts per frame", shrink=0.85)
 
 
@@ -272,29 +255,31 @@ def complex_colours(values: np.ndarray, brightest: float) -> np.ndarray:
     return np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def wave(scan: Scan, values: np.ndarray, where: tuple[int, int] | None = None, *, axes: Any) -> None:
-    """A complex picture on the detector, with the wheel that explains its colours."""
-    detector(axes, scan, complex_colours(values, np.percentile(np.abs(values), 99.5)), 28)
-    disks(axes, scan, where)
-    wheel = axes.inset_axes((0.0, 0.0, 0.27, 0.27))
-    line = np.linspace(-1, 1, 101)
-    z = line[None, :] - 1j * line[:, None]
-    wheel.imshow(np.dstack([complex_colours(z, 1.0), abs(z) <= 1]), extent=(-1, 1, -1, 1))
-    for text, x, y in (("0", 1.3, 0), ("π/2", 0, 1.35), ("π", -1.35, 0), ("−π/2", 0, -1.4)):
-        wheel.text(x, y, text, color="white", fontsize=7, ha="center", va="center")
-    wheel.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7))
-    wheel.axis("off")
+def wave(scan: Scan, values: np.ndarray, where: tuple[int, int] = (0, 0), *, axes: Any) -> None:
+    """A complex picture on the detector; the first one has the wheel that explains its colours."""
+    detector(axes, scan, complex_colours(values, np.percentile(np.abs(values), 99.5)), 31, where)
+    if axes.get_subplotspec().is_first_col():
+        wheel = axes.inset_axes((0, 0, 0.26, 0.26), xlim=(-1.75, 1.75), ylim=(-1.75, 1.75))
+        z = np.linspace(-1, 1, 101)[None, :] - 1j * np.linspace(-1, 1, 101)[:, None]
+        wheel.imshow(np.dstack([complex_colours(z, 1.0), abs(z) <= 1]), extent=(-1, 1, -1, 1))
+        for text, x, y in (("0", 1.3, 0), ("π/2", 0, 1.4), ("π", -1.35, 0), ("−π/2", 0, -1.4)):
+            wheel.text(x, y, text, color="white", fontsize=7, ha="center", va="center")
+        wheel.axis("off")
 
 
 def region(scan: Scan, where: tuple[int, int], flags: np.ndarray | None = None, *, axes: Any) -> None:
     """One mask, or all regions of overlap in colours."""
-    masks = stream.overlap_masks(scan.probe, scan.k, scan.q(*where))
-    other = masks.aperture & masks.plus & ~masks.minus
-    which = np.select([masks.triple, other, masks.double, masks.aperture], [4, 3, 2, 1], 0) if flags is None else flags
-    detector(axes, scan, np.array(list(_REGIONS.values()))[which.astype(int)], 42)
-    disks(axes, scan, where if flags is None else None)
-    if flags is None and not axes.figure.legends:
-        patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in _REGIONS.items()]
+    colours = dict(zip(("outside", "aperture", "double overlap with A(k−q)", "double overlap with A(k+q)",
+                        "triple overlap"), ("0.1", "0.5", "#338ce6", "#f28c26", "#f2ebd9"), strict=True))  # fmt: skip
+    rgb = mpl.colors.to_rgba_array(list(colours.values()))
+    if flags is not None:
+        detector(axes, scan, rgb[flags.astype(int)], 42)
+        return
+    masks, other = (stream.overlap_masks(scan.probe, scan.k, scan.q(s * where[0], s * where[1])) for s in (1, -1))
+    which = np.select([masks.triple, other.double, masks.double, masks.aperture], [4, 3, 2, 1], 0)
+    detector(axes, scan, rgb[which], 42, where)
+    if not axes.figure.legends:
+        patches = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in colours.items()]
         axes.figure.legend(handles=patches[1:], loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
@@ -304,12 +289,14 @@ def image(scan: Scan, phase: np.ndarray, like: np.ndarray, tiles: int = 1, *, ax
     palette, span = mpl.colormaps["magma"].with_extremes(bad="0.85"), {"vmin": like.min(), "vmax": like.max()}
     shown = axes.imshow(np.tile(phase, (tiles, tiles)), extent=(0, columns, rows, 0), cmap=palette, **span)
     axes.set(xlabel="column (Å)", ylabel="row (Å)")
-    axes.figure.colorbar(shown, ax=axes, label="phase (rad)", shrink=0.85)
+    axes.locator_params(nbins=5)
+    if (place := axes.get_subplotspec()).is_last_col():
+        line = axes.figure.axes[place.rowspan.start * place.get_gridspec().ncols :]
+        axes.figure.colorbar(shown, ax=line, label="phase (rad)", shrink=0.85)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images", help="folder for the pictures")
     parser.add_argument("--data", type=Path, help="a 4D-STEM file to use instead of the simulation")
-    arguments = parser.parse_args()
-    main(arguments.output, arguments.data)
+    main(**vars(parser.parse_args()))

@@ -200,6 +200,11 @@ def filled(counts: np.ndarray, held: np.ndarray) -> np.ndarray:
     return out
 
 
-def assert_object(engine: Engine, case: Case, counts: np.ndarray, method: str = "ssb", limit: float = 5e-6) -> None:
-    """The engine's object is the oracle's for ``counts`` (complete, float or integer), to ``limit``."""
-    assert oracle.relative_error(engine.object(), case.true_object(counts, method)) < limit
+def assert_object(engine: Engine, case: Case, counts: np.ndarray, method: str = "ssb", limit: float = 3e-6) -> None:
+    """The engine's object is the oracle's for ``counts`` (complete, float or integer), to the relative error ``limit``.
+
+    The engine's numbers are complex64 around 1: where the image is very faint, that rounding is allowed for too.
+    """
+    answer, expected = engine.object(), case.true_object(counts, method)
+    contrast = float(np.linalg.norm(expected - expected.mean())) / expected.size**0.5
+    assert oracle.relative_error(answer, expected) < limit + float(np.finfo(np.float32).eps) / max(contrast, 1e-12)

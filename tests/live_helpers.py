@@ -19,10 +19,8 @@ from detectors.messages import Encoding, FrameBlock, Message, ReceivedBatch
 from detectors.sender import SendReport, serve
 from detectors.simulation import SimulatedScan
 from detectors.source import EncodedSource
+from stream.api import Result, Session, SessionOptions, Snapshot
 from stream.offline import reconstruct_file
-from stream.result import Result
-from stream.session import Session, SessionOptions
-from stream.snapshot import Snapshot
 
 ANY_PORT = "tcp://127.0.0.1:*"
 PATIENCE_S = 30.0
@@ -145,11 +143,13 @@ def offline(path: Path, **options: Any) -> Result:
 class PlainSender:
     """A sender written from the protocol's description, with pyzmq and msgpack only. Sends whatever it is told to."""
 
-    def __init__(self, pattern: int = zmq.PUSH, address: str = ANY_PORT) -> None:
+    def __init__(self, pattern: int = zmq.PUSH, address: str = ANY_PORT, **options: int) -> None:
         self.context = zmq.asyncio.Context()
         self.socket = self.context.socket(pattern)
         self.socket.linger = 0
         self.socket.sndtimeo = int(1000 * PATIENCE_S)
+        for name, value in options.items():
+            setattr(self.socket, name, value)
         self.socket.bind(address)
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 

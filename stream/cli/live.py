@@ -189,7 +189,7 @@ class _ViewerProcess:
 
     def __enter__(self) -> None:
         assert self._session.publish_endpoint is not None
-        self._process = subprocess.Popen([sys.executable, "-m", "viewer", self._session.publish_endpoint])
+        self._process = subprocess.Popen([sys.executable, "-m", "viewer", _local(self._session.publish_endpoint)])
         self._watch = asyncio.create_task(self._wait(), name="viewer process")
 
     async def _wait(self) -> None:
@@ -207,6 +207,11 @@ class _ViewerProcess:
         self._watch.cancel()
         if self._process.poll() is None:
             self._process.terminate()
+
+
+def _local(endpoint: str) -> str:
+    """Where to reach, from this machine, a socket that is bound on all interfaces."""
+    return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def record(
