@@ -7,6 +7,7 @@ import time
 from multiprocessing.connection import Connection
 from types import TracebackType
 
+import msgpack
 import zmq
 
 from benchmarks.data import start, stream_messages
@@ -21,7 +22,9 @@ class Sender:
     """Use as a context manager. ``begin`` sends the start message, ``go`` the frames; ``done`` tells when they left."""
 
     def __init__(self, scan_shape: tuple[int, int], dtype: str, encoding: Encoding, per_message: int = 1) -> None:
+        self.rows, self.columns = scan_shape
         self.frames = scan_shape[0] * scan_shape[1]
+        self.messages = -(-self.frames // per_message)
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         args = (other, scan_shape, dtype, encoding, per_message)
@@ -36,7 +39,8 @@ class Sender:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pipe.send(None)
-        self._process.join(10)
+        self._process.join(5)
+        self._process.kill()  # when it still waits for a receiver that has failed
 
     def begin(self, passes: int | None = 1) -> str:
         """Bind a new socket and send the start message on it; returns its address."""
@@ -105,8 +109,6 @@ def _send(socket: zmq.Socket, messages: list[list[bytes]], per_message: int, rat
 
 def _renumbered(encoder: NativeEncoder, messages: list[list[bytes]], first: int, encoding: Encoding) -> list[list[bytes]]:
     """The same messages, for a later pass."""
-    import msgpack
-
     out = []
     for header, payload in messages:
         values = msgpack.unpackb(header)

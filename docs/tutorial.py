@@ -130,11 +130,10 @@ class PausingSource:
 
 async def live(start: SeriesStart, scan: Scan, recording: Path) -> tuple[stream.Result, list[stream.Snapshot]]:
     """Send the scan over ZeroMQ into a session; its result, and the images at 10, 25, 50 and 100 % of the rows."""
-    rows, columns = scan.shape
-    stops = [math.ceil(share * rows) for share in (0.10, 0.25, 0.50, 1.00)]
+    stops = [math.ceil(share * scan.shape[0]) for share in (0.10, 0.25, 0.50, 1.00)]
     source, taken = PausingSource(start, scan, stops[:-1]), []
     bound: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    sending = serve(source, "tcp://127.0.0.1:*", frames_per_message=columns, ready=bound.set_result)
+    sending = serve(source, "tcp://127.0.0.1:*", frames_per_message=scan.shape[1], ready=bound.set_result)
     sender, centre = asyncio.create_task(sending), scan.geometry.bf_centre_px
     async with stream.open_session(await bound, bf_centre_px=centre, record=recording) as session:
         async for snapshot in session:
@@ -151,8 +150,7 @@ def main(output: Path, data: Path | None = None) -> None:
     maker = SIMULATION if data is None else FileFrames(stream.open_dataset(data))
     scan = Scan.read(maker)
 
-    mean_pattern = scan.frames.mean(axis=(0, 1))
-    patterns = {"one frame": scan.frames[0, 0], "mean of all frames": mean_pattern}
+    patterns = {"one frame": scan.frames[0, 0], "mean of all frames": scan.frames.mean(axis=(0, 1))}
     draw("patterns", {title: partial(counts, scan, pattern) for title, pattern in patterns.items()})
 
     low, high = (spectrum_at(scan.frames, *where) for where in (LOW, HIGH))
@@ -209,8 +207,7 @@ def plate(output: Path, name: str, panels: dict[str, Callable[[Any], None]], col
     """One figure, docs/images/tutorial_NAME.png."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    width = {1: 4.6, 2: 9.0}.get(columns, 10.8)
-    size = (width, rows * (0.76 * width / columns + 0.75))
+    size = ((width := {1: 4.6, 2: 9.0}.get(columns, 10.8)), 0.5 + rows * (0.76 * width / columns + 0.6))
     drawn, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for one, (title, panel) in zip(axes.flat, panels.items(), strict=True):
         panel(axes=one)

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     )
     from stream.api import (
         reconstruct as reconstruct,
+        spectrum_at as spectrum_at,
     )
 
 

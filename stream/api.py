@@ -27,6 +27,7 @@ from stream.recording import Recording, open_recording
 from stream.result import Result
 from stream.session import Session, SessionOptions
 from stream.snapshot import Counters, Snapshot
+from stream.spectra import spectrum_at
 
 __all__ = [
     "METHODS",
@@ -49,6 +50,7 @@ __all__ = [
     "overlap_function",
     "overlap_masks",
     "reconstruct",
+    "spectrum_at",
 ]
 
 

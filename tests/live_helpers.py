@@ -107,13 +107,11 @@ async def patiently(waiting: Any, seconds: float = PATIENCE_S) -> Any:
 async def run_session(options: SessionOptions) -> tuple[Session, list[Snapshot]]:
     """A session from start to end, and every snapshot that a reader got."""
     async with Session(options) as session:
-        snapshots: list[Snapshot] = []
 
-        async def read() -> None:
-            async for snapshot in session:
-                snapshots.append(snapshot)
+        async def read() -> list[Snapshot]:
+            return [snapshot async for snapshot in session]
 
-        await patiently(read())
+        snapshots = await patiently(read())
     return session, snapshots
 
 

@@ -17,6 +17,9 @@ def main(address: str, *, screenshot: str | Path | None = None, after_s: float =
     display, or the address cannot be used.
     """
     _need_display(screenshot is not None)
+    if os.environ.get("QT_QPA_PLATFORM") == "offscreen":
+        # That platform warns about every window that it has no hints for.
+        os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")
     try:
         from PySide6 import QtCore, QtWidgets
 
