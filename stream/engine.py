@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -126,6 +126,16 @@ def open_rows(setup: Setup) -> int:
     row_bytes = setup.scan.shape[1] * len(setup.geometry.bf_pixels) * setup.dtype.itemsize
     rows = setup.scan.shape[0]
     return max(2 * BATCH_ROWS, min(rows, _OPEN_ROWS_BYTES // row_bytes)) + BATCH_ROWS
+
+
+@dataclass(frozen=True)
+class View:
+    """What an engine shows at one moment: ``images`` by name, how many scan rows hold data, the row that came last."""
+
+    images: Mapping[str, np.ndarray]
+    rows_acquired: int
+    last_row: ClosedRow | None
+    counters: Counters
 
 
 class Engine:
@@ -392,6 +402,12 @@ class Engine:
         mean = np.where(held, self._sums[rows, :, TOTAL] / np.maximum(frames[rows], 1), 0)
         intensity = float((mean.sum(axis=1) / held.sum(axis=1)).mean())
         return intensity if intensity > 0 else None
+
+    def view(self, names: Iterable[str]) -> View:
+        """Images (see ``images``) together with what they show, all of one moment; no images before the first row."""
+        with self._compute_lock:
+            rows, last_row, counters = int(self.rows_acquired.sum()), self.last_row, self.counters
+            return View({} if rows == 0 else self.images(names), rows, last_row, counters)
 
     def images(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Images by name (see ``stream.snapshot.IMAGE_UNITS``): float32, NaN where there is nothing yet."""

@@ -199,6 +199,7 @@ class Session:
             done, _ = await asyncio.wait([intake, *helpers], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # a helper only ends by failing
+            self._link, self._dirty = "silent", True
             if self.options.linger_s > 0:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(None if math.isinf(self.options.linger_s) else self.options.linger_s):
@@ -484,15 +485,16 @@ class Session:
         if engine is None or parameters is None:
             return snapshot
         value = parameters.values
-        last_row = engine.last_row
-        images = engine.images(IMAGE_UNITS) if last_row is not None else {}
+        view = engine.view(IMAGE_UNITS)
+        last_row = view.last_row
         now = time.time()
         return replace(
             snapshot,
             time_s=now,
             passes_done=engine.passes_done,
             scan_row=None if last_row is None else last_row.row,
-            rows_acquired=int(engine.rows_acquired.sum()),
+            rows_acquired=view.rows_acquired,
+            counters=view.counters,
             scan_shape=engine.setup.scan.shape,
             scan_step_angstrom=engine.setup.scan_step,
             detector_pixel_mrad=value["detector_pixel_mrad"],
@@ -508,7 +510,7 @@ class Session:
             latency_ms=None
             if last_row is None or self._state != "scanning"
             else max(0.0, now * 1e3 - last_row.time_ns * 1e-6),
-            images=images,
+            images=view.images,
         )
 
     # control

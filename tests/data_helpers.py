@@ -131,7 +131,9 @@ class Case:
         }
 
 
-def payload_block(payloads: Sequence[bytes], indices: Iterable[int], encoding: Encoding, time_ns: int = 0) -> FrameBlock:
+def payload_block(
+    payloads: Sequence[bytes], indices: Iterable[int], encoding: Encoding, time_ns: int = 0
+) -> FrameBlock:
     """Payloads as they would lie in a receiver's slab."""
     sizes = np.array([len(payload) for payload in payloads], np.int64)
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64) if len(sizes) else sizes

@@ -126,9 +126,7 @@ def test_blocks_of_other_sizes(executor: ThreadPoolExecutor, dtype: str, blocks:
     fast, bright, good = decoder(executor, shape, dtype)
     rows = Rows(3, len(bright), fast)
     payloads = [bitshuffled(frame, blocks * group) for frame in frames]
-    status = fast.decode(
-        payload_block(payloads, range(3), Encoding.BSLZ4), GUARD + np.arange(3), rows.block, rows.sums
-    )
+    status = fast.decode(payload_block(payloads, range(3), Encoding.BSLZ4), GUARD + np.arange(3), rows.block, rows.sums)
     assert not status.any()
     np.testing.assert_array_equal(rows.block[GUARD:-GUARD], frames.reshape(3, -1)[:, bright])
     check_sums(rows.sums[GUARD:-GUARD], frames, bright, good)

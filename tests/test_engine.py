@@ -34,11 +34,11 @@ FIFTH = {"C10": 40.0, "C34": 3e4, "phi34": 17.0, "C50": 4e6, "C23": 900.0, "phi2
 #: Bugs that were found and not mended yet.
 MIXED = pytest.mark.xfail(
     strict=True,
-    reason='frames of two passes of a row in one block are mixed: RowAssembler.mark holds the older for the newer',
+    reason="frames of two passes of a row in one block are mixed: RowAssembler.mark holds the older for the newer",
 )
 AHEAD = pytest.mark.xfail(
     strict=True,
-    reason='Engine._plausible: a block that holds more than two passes of an endless scan is taken for stray frames',
+    reason="Engine._plausible: a block that holds more than two passes of an endless scan is taken for stray frames",
 )
 STALE = pytest.mark.xfail(
     strict=True,
@@ -46,15 +46,15 @@ STALE = pytest.mark.xfail(
 )
 AVERAGED = pytest.mark.xfail(
     strict=True,
-    reason='Engine._commit adds the missing frames of all earlier passes again at every pass',
+    reason="Engine._commit adds the missing frames of all earlier passes again at every pass",
 )
 TABLE = pytest.mark.xfail(
     strict=True,
-    reason='rows of which a position table leaves positions out are never full',
+    reason="rows of which a position table leaves positions out are never full",
 )
 LOSS = pytest.mark.xfail(
     strict=True,
-    reason='a row that lacks a frame is shown only once a later row is full',
+    reason="a row that lacks a frame is shown only once a later row is full",
 )
 
 BOTH = pytest.mark.parametrize("method", ["ssb", "ssb-single"])
@@ -489,7 +489,9 @@ def test_any_order_over_the_borders_of_passes_in_blocks_of_one(data: st.DataObje
         assert_shows_passes(engine, case, passes, shown)
 
 
-@pytest.mark.xfail(run=False, reason="as in test_a_block_may_end_in_the_middle_of_a_row_of_the_next_pass; shrinking is slow")
+@pytest.mark.xfail(
+    run=False, reason="as in test_a_block_may_end_in_the_middle_of_a_row_of_the_next_pass; shrinking is slow"
+)
 @settings(max_examples=30, derandomize=True, deadline=None)
 @given(data=st.data())
 def test_order_within_blocks_over_the_borders_of_passes(data: st.DataObject) -> None:

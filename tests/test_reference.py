@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hdf5plugin
 import h5py
+import hdf5plugin
 import numpy as np
 import pytest
 

@@ -131,9 +131,7 @@ def test_attributes(saved: Path, result: stream.Result) -> None:
 LOST_MASK = pytest.mark.xfail(strict=True, reason="as_toml does not say that bad pixels were looked for")
 
 
-@pytest.mark.parametrize(
-    "known", ["everything", "no centre", pytest.param("no centre, a hot pixel", marks=LOST_MASK)]
-)
+@pytest.mark.parametrize("known", ["everything", "no centre", pytest.param("no centre, a hot pixel", marks=LOST_MASK)])
 def test_the_configuration_in_the_file_does_it_again(tmp_path: Path, known: str) -> None:
     """... exactly, also when the disk was looked for the first time."""
     case = Case(scan=(9, 12), detector=(40, 44), pixel=(1.0, 1.0), centre=(19.3, 22.6), rotation=-15.0, rolloff=1.0)
@@ -155,7 +153,9 @@ def test_the_configuration_in_the_file_does_it_again(tmp_path: Path, known: str)
         (tmp_path / "again.toml").write_text(file.attrs["configuration"], encoding="utf-8")
     again = stream.reconstruct(path, dataset="data", device="cpu", config=tmp_path / "again.toml")
     assert again.object.tobytes() == first.object.tobytes()
-    assert again.parameters.values == first.parameters.values
+    for key, value in first.parameters.values.items():
+        assert key == "find_bad_pixels" or again.parameters.values[key] == value
+    np.testing.assert_array_equal(again.setup.geometry.good, first.setup.geometry.good)
 
 
 def test_an_existing_result_is_replaced(saved: Path, result: stream.Result) -> None:
