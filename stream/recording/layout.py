@@ -1,7 +1,8 @@
 """What a recording looks like: every received frame, in order of arrival, packed as it came, one HDF5 file a series.
 
     /                           format, version, protocol, program_version, series and settings (JSON texts), complete,
-                                undecodable_messages; scan_shape and frames_announced where they are known
+                                undecodable_messages, flushed_bytes (how long the file is at least); scan_shape and
+                                frames_announced where they are known
     /frames                     (frames, rows, columns) of the stream's dtype, one chunk a frame
     /frame_index                int64 (frames,), the frames' numbers in their series, as received
     /arrival_time_ns            int64 (frames,), since the epoch; frames that arrived together have the same time

@@ -7,6 +7,7 @@ flush.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -31,6 +32,12 @@ _DTYPES = {np.dtype(f"<{code}") for code in ("u1", "u2", "u4", "f4")}
 #: Rows of the per-frame arrays that are read at a time.
 _ROWS_AT_A_TIME = 1 << 16
 
+#: HDF5's superblock, version 3: signature, version, consistency flags, end of file (HDF5 File Format, section II.A).
+_SUPERBLOCK = struct.Struct("<8sB2xB16xQ")
+_SWMR_WRITING = 4
+
+_TRUNCATED = "{path}: the file ends before what was recorded; it was truncated, copy it again"
+
 _Damaged = dict[int, tuple[Encoding, int, int]]
 
 
@@ -53,14 +60,13 @@ def open_recording(path: str | PathLike[str]) -> Recording:
     Raises ``DataFileError`` when there is no such file, it is not a recording, or it is truncated or damaged.
     """
     path = Path(path)
-    file, regular = _open(path)
+    file, unfinished = _open(path)
     try:
         with explained(path, "reading the recording"):
             _require_ours(path, file)
-            recording = Recording(path, file)
-            if not regular:
-                recording.require_whole()
-            return recording
+            if unfinished and path.stat().st_size < file.attrs["flushed_bytes"]:
+                raise DataFileError(_TRUNCATED.format(path=path))
+            return Recording(path, file)
     except BaseException:
         file.close()
         raise
@@ -177,7 +183,7 @@ class Recording:
         announced = "" if start.frames is None else f" of {start.frames} announced"
         stored = self.path.stat().st_size
         rows, columns = self.detector_shape
-        ratio = f", {self.frames * frame_bytes / stored:.3g} times less than the pixels" if self.frames else ""
+        ratio = f", {stored / (self.frames * frame_bytes):.3g} of the pixels' size" if self.frames else ""
         described = [
             ("file", str(self.path)),
             ("layout", f"{FORMAT}, version {VERSION}, by liveptycho {self.program_version}"),
@@ -195,26 +201,6 @@ class Recording:
             described.append(("note", f"{damaged}, {self.undecodable_messages} undecodable messages (not kept)"))
         described.extend((key, json.dumps(value, ensure_ascii=False)[:60]) for key, value in self.settings.items())
         return described
-
-    def require_whole(self) -> None:
-        """Raise ``DataFileError`` when a part of the frames or of their arrays lies beyond the end of the file.
-
-        For a file that HDF5 only opens in SWMR mode, where it reads zeros there without a word.
-        """
-        stop = self.path.stat().st_size
-        for name in ("frames", "frame_index", "arrival_time_ns", "damaged/payloads"):
-            beyond: list[int] = []
-
-            def look(chunk: Any, beyond: list[int] = beyond) -> None:
-                if chunk.byte_offset + chunk.size > stop:
-                    beyond.append(chunk.chunk_offset[0])
-
-            self._file[name].id.chunk_iter(look)
-            if any(row < self.frames or name.startswith("damaged") for row in beyond):
-                raise DataFileError(
-                    f"{self.path}: a recording of {self.frames} frames was expected, the file ends before all of them "
-                    f"({stop} bytes); it was truncated, copy it again"
-                )
 
     def _message(self, name: str) -> tuple[bytes, ...]:
         data = self._file[f"messages/{name}"][...].tobytes()
@@ -271,15 +257,34 @@ class Recording:
 
 
 def _open(path: Path) -> tuple[Any, bool]:
-    """The open ``h5py.File``, and whether HDF5 opened it as a finished file. Raises ``DataFileError``."""
+    """The open ``h5py.File``, and whether its writer has not finished it. Raises ``DataFileError``."""
     try:
-        return open_file(path), True
-    except DataFileError as error:
-        # What was not closed properly opens only as what it was when it was last flushed.
+        return open_file(path), False
+    except DataFileError:
+        least = _unfinished_bytes(path)
+        if least is None:
+            raise
+        # In this mode HDF5 reads zeros beyond the end of the file, and waits for ever for metadata to become right.
+        if path.stat().st_size < least:
+            raise DataFileError(_TRUNCATED.format(path=path)) from None
         try:
-            return h5py.File(path, "r", swmr=True), False
+            return h5py.File(path, "r", swmr=True), True
         except HDF5_ERRORS:
-            raise error from None
+            pass
+        raise
+
+
+def _unfinished_bytes(path: Path) -> int | None:
+    """The least size of a file that was opened for SWMR writing and not closed since; None for any other file."""
+    try:
+        with path.open("rb") as file:
+            block = file.read(_SUPERBLOCK.size)
+    except OSError:
+        return None
+    if len(block) < _SUPERBLOCK.size:
+        return None
+    signature, version, flags, end = _SUPERBLOCK.unpack(block)
+    return end if signature == b"\x89HDF\r\n\x1a\n" and version == 3 and flags & _SWMR_WRITING else None
 
 
 def _require_ours(path: Path, file: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 from os import PathLike
@@ -65,13 +66,15 @@ class Recorder:
         prepare()
         existed = self.path.exists()
         try:
-            self._file = h5py.File(self.path, "w" if overwrite else "x", libver=_LIBVER)
+            # Without a chunk cache, what does not fit on the disk fails at the write; HDF5 crashes when it fails later,
+            # at the closing of a dataset.
+            self._file = h5py.File(self.path, "w" if overwrite else "x", libver=_LIBVER, rdcc_nbytes=0)
         except HDF5_ERRORS as error:
             raise DataFileError(f"{self.path}: {_why_not_created(self.path, error)}") from error
         try:
             self._frames_dataset = self._lay_out(protocol, program_version)
             self._file.swmr_mode = True
-            self._file.flush()
+            self._flush()
         except HDF5_ERRORS as error:
             self._abandon()
             if not existed:
@@ -169,6 +172,7 @@ class Recorder:
                 "settings": json.dumps(dict(start.settings), default=_jsonable, skipkeys=True),
                 "complete": np.bool_(False),
                 "undecodable_messages": 0,
+                "flushed_bytes": 0,
             }
         )
         if start.scan_shape is not None:
@@ -196,7 +200,8 @@ class Recorder:
         return file["frames"]
 
     def _write_chunks(self, block: FrameBlock, whole: np.ndarray) -> None:
-        write, slab, encoding = self._frames_dataset.id.write_direct_chunk, memoryview(block.slab), block.encoding  # type: ignore[arg-type]
+        write, encoding = self._frames_dataset.id.write_direct_chunk, block.encoding
+        slab = memoryview(block.slab)  # type: ignore[arg-type]
         mask = FILTER_MASKS[encoding]
         offsets, sizes = block.offsets.tolist(), block.sizes.tolist()
         for offset, size, is_whole in zip(offsets, sizes, whole.tolist(), strict=True):
@@ -241,6 +246,8 @@ class Recorder:
             self._times.clear()
             self._waiting = 0
         self._file.flush()
+        self._file.attrs.modify("flushed_bytes", self.path.stat().st_size)
+        self._file.flush()
         self._flushed = time.monotonic()
 
     def _append_message(self, name: str, parts: tuple[bytes, ...]) -> None:
@@ -268,8 +275,15 @@ class Recorder:
         return DataFileError(self._failure)
 
     def _abandon(self) -> None:
-        """Close the file, whatever HDF5 says: it has been said already."""
-        for _ in range(2):  # where the first call fails to write, the second still lets go of the file
+        """Close the file after a failure without changing it any more, so that it stays as it was last flushed."""
+        if not self._file:
+            return
+        with contextlib.suppress(*HDF5_ERRORS):
+            # HDF5 would try again to write what did not fit, and mark the file as finished: let it write to nowhere.
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, self._file.id.get_vfd_handle())
+            os.close(nowhere)
+        for _ in range(2):  # where the first call fails, the second still lets go of the file
             with contextlib.suppress(*HDF5_ERRORS):
                 self._file.close()
 
