@@ -10,67 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stream.api import (
-        METHODS as METHODS,
-    )
-    from stream.api import (
-        Aberrations as Aberrations,
-    )
-    from stream.api import (
-        AxesRelation as AxesRelation,
-    )
-    from stream.api import (
-        Counters as Counters,
-    )
-    from stream.api import (
-        Dataset4D as Dataset4D,
-    )
-    from stream.api import (
-        DetectorGeometry as DetectorGeometry,
-    )
-    from stream.api import (
-        OverlapMasks as OverlapMasks,
-    )
-    from stream.api import (
-        Probe as Probe,
-    )
-    from stream.api import (
-        Recording as Recording,
-    )
-    from stream.api import (
-        Result as Result,
-    )
-    from stream.api import (
-        Session as Session,
-    )
-    from stream.api import (
-        SessionOptions as SessionOptions,
-    )
-    from stream.api import (
-        Settings as Settings,
-    )
-    from stream.api import (
-        Snapshot as Snapshot,
-    )
-    from stream.api import (
-        open_dataset as open_dataset,
-    )
-    from stream.api import (
-        open_recording as open_recording,
-    )
-    from stream.api import (
-        open_session as open_session,
-    )
-    from stream.api import (
-        overlap_function as overlap_function,
-    )
-    from stream.api import (
-        overlap_masks as overlap_masks,
-    )
-    from stream.api import (
-        reconstruct as reconstruct,
-        spectrum_at as spectrum_at,
-    )
+    from stream.api import *  # noqa: F403 - exactly its __all__
 
 
 def __getattr__(name: str) -> Any:

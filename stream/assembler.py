@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Rows that an incomplete row may lie behind the newest frame before it is shown; grows when frames prove late.
+_SMALLEST_LAG = 2
+
 
 @dataclass(frozen=True)
 class ClosedRow:
@@ -27,6 +30,7 @@ class RowAssembler:
     """``slots`` open rows of ``columns`` positions with ``pixels`` bright-field pixels each, on the host.
 
     ``in_order``: rows are scanned in ascending order, so that a full row says that older ones will not be completed.
+    ``scanned``: bool ``scan_shape``, the positions that frames can come for (by default all).
     Not thread-safe: the engine locks.
     """
 
@@ -38,6 +42,7 @@ class RowAssembler:
         sums_dtype: np.dtype,
         slots: int,
         in_order: bool,
+        scanned: np.ndarray | None = None,
     ) -> None:
         self.scan_shape = scan_shape
         self.pixels = np.empty((slots, scan_shape[1], pixels), dtype)
@@ -49,7 +54,10 @@ class RowAssembler:
         self._free = list(range(slots))
         self._open: dict[tuple[int, int], int] = {}
         self._newest_pass = np.full(scan_shape[0], -1, np.int64)
-        self._held = np.zeros(scan_shape, bool)
+        # Positions that no frame can come for count as held, so that their row can be full.
+        self._never = np.zeros(scan_shape, bool) if scanned is None else ~scanned
+        self._held = self._never.copy()
+        self._lag = _SMALLEST_LAG
 
     def classify(self, passes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which frames are late (of an older pass than their row's newest), and which duplicates: two bool arrays."""
@@ -65,14 +73,19 @@ class RowAssembler:
         new = [pair for pair in pairs if pair not in self._open]
         if len(new) > len(self._free):
             return None
-        for pair in new:
-            slot = self._free.pop()
-            self._open[pair] = slot
-            self.received[slot] = False
-        for pass_, row in pairs:
-            if pass_ > self._newest_pass[row]:
+        for pass_, row in new:
+            newest = int(self._newest_pass[row])
+            if pass_ > newest:
+                # What an older pass left open goes into the ring first: it must never replace the newer one.
+                if (newest, row) in self._open:
+                    self.close((newest, row))
                 self._newest_pass[row] = pass_
-                self._held[row] = False
+                self._held[row] = self._never[row]
+            elif (self._held[row] & ~self._never[row]).any():
+                self._lag = min(2 * self._lag, ny)  # closed too early: frames come in less order than thought
+            slot = self._free.pop()
+            self._open[pass_, row] = slot
+            self.received[slot] = False
         return np.array([self._open[pair] for pair in pairs], np.int64)[inverse]
 
     def mark(self, slots: np.ndarray, passes: np.ndarray, rows: np.ndarray, columns: np.ndarray, time_ns: int) -> None:
@@ -80,14 +93,19 @@ class RowAssembler:
         self._time_ns = time_ns
         self.received[slots, columns] = True
         self._held[rows, columns] = True
+        done = None
         for slot in np.unique(slots):
             at = np.flatnonzero(slots == slot)[0]
             pair = int(passes[at]), int(rows[at])
             if pair in self._open and self._held[pair[1]].all():
                 self.close(pair)
-                if self._in_order:
-                    for older in sorted(other for other in self._open if other < pair):
-                        self.close(older)
+                done = max(done or pair, pair)
+        if self._in_order and len(slots):
+            # A full row, or a row well ahead: older ones will hardly be completed.
+            behind = divmod(int((passes * len(self._held) + rows).max()) - self._lag, len(self._held))
+            limit = max(done or behind, behind)
+            for older in sorted(other for other in self._open if other < limit):
+                self.close(older)
 
     def close(self, pair: tuple[int, int]) -> None:
         """Close one open row (pass, row) with what it has."""
@@ -119,4 +137,5 @@ class RowAssembler:
     @property
     def passes_done(self) -> int:
         """How many passes are over: every row has been reached by a newer pass, or is full."""
-        return max(0, int((self._newest_pass + self._held.all(axis=1)).min()))
+        scanned = ~self._never.all(axis=1)
+        return max(0, int((self._newest_pass + self._held.all(axis=1))[scanned].min()))

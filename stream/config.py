@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ def _pair(value: Any) -> Any:
 
 
 def _shape(value: Any) -> Any:
-    return parse_shape(value) if isinstance(value, str) else tuple(value)
+    if isinstance(value, str):
+        return parse_shape(value)
+    return tuple(value) if isinstance(value, (list, tuple, np.ndarray)) else value
 
 
 def _number(low: float, high: float) -> Any:
@@ -139,7 +142,10 @@ class Layer:
             except ConfigurationError as error:
                 raise ConfigurationError(f"{source}: {error}") from None
         if settings.method is not None:
-            method_named(settings.method)
+            try:
+                method_named(settings.method)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{source}: {error}") from None
         return cls(source, settings)
 
     @classmethod
@@ -250,6 +256,10 @@ class Parameters:
         """A configuration file that says all of this again."""
         lines, tables = [], []
         for key, value in self.values.items():
+            if key == "find_bad_pixels" and value is None and self.bad_pixels is not None and self.bad_pixels.any():
+                value = True  # else a repetition, which knows the disk, would not look for them
+            if key in ("pixel_mask", "positions") and value is not None:
+                value = str(Path(value).absolute())
             if value is None or value == {}:
                 continue
             if isinstance(value, Mapping):
@@ -325,6 +335,13 @@ class Resolution:
         elif radius is not None and "detector_pixel_mrad" in have and "semiangle_mrad" not in have:
             semiangle = radius * float(np.mean(have["detector_pixel_mrad"]))
             self._put("semiangle_mrad", semiangle, "derived from bf_radius_px and detector_pixel_mrad")
+        elif radius is not None and {"semiangle_mrad", "detector_pixel_mrad"} <= have.keys():
+            implied = float(np.mean([have["semiangle_mrad"] / p for p in have["detector_pixel_mrad"]]))
+            if abs(radius - implied) > 0.05 * implied and not self._sources["bf_radius_px"].startswith("measured"):
+                self.notes.append(
+                    f"bf_radius_px is {radius:g}, but semiangle_mrad and detector_pixel_mrad make it {implied:g}; "
+                    "the latter are used"
+                )
 
     def overlaid(self, layer: Layer) -> Resolution:
         """The same with one more layer on top."""
@@ -394,7 +411,7 @@ def load_pixel_mask(path: Path) -> np.ndarray:
         else:
             with h5py.File(path) as file:
                 mask = file["pixel_mask"][()]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
         raise ConfigurationError(
             f"cannot read the pixel mask {path}: {error}; expected .npy, or HDF5 with 'pixel_mask'"
         ) from None
@@ -406,9 +423,13 @@ def load_pixel_mask(path: Path) -> np.ndarray:
 def load_positions(path: Path) -> np.ndarray:
     """A position table, int64 (frames, 2): from .npy or from text with two integers a line."""
     try:
-        table = (
-            np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=2)
-        )
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # loadtxt only warns of a file without data
+            table = (
+                np.load(path, allow_pickle=False)
+                if path.suffix == ".npy"
+                else np.loadtxt(path, dtype=np.int64, ndmin=2)
+            )
+    except (OSError, EOFError, ValueError, UserWarning) as error:
         raise ConfigurationError(f"cannot read the position table {path}: {error}") from None
     return table.astype(np.int64) if np.issubdtype(table.dtype, np.integer) else table

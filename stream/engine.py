@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -94,14 +94,18 @@ class MemoryPlan:
         """Everything together, on device and host."""
         return self.device_bytes + self.open_rows
 
-    def check(self, device: Device) -> None:
-        """Raise ``DoesNotFit`` with advice when the device or the host has too little free memory."""
+    def check(self, device: Device, held: MemoryPlan | None = None) -> None:
+        """Raise ``DoesNotFit`` with advice when the device or the host has too little free memory.
+
+        ``held``: the plan whose memory is in use already and will be used again.
+        """
         wanted = {device.name: self.device_bytes}
-        free = {device.name: device.free_bytes()}
+        free = {device.name: device.free_bytes() + (0 if held is None else held.device_bytes)}
         if device.is_gpu:
-            wanted["host"], free["host"] = self.open_rows, host_free_bytes()
+            wanted["host"], free["host"] = self.open_rows, host_free_bytes() + (0 if held is None else held.open_rows)
         else:
             wanted[device.name] += self.open_rows
+            free[device.name] += 0 if held is None else held.open_rows
         for name, need in wanted.items():
             if need > 0.9 * free[name]:
                 raise DoesNotFit(
@@ -163,6 +167,7 @@ class Engine:
             self._decoder.sums_dtype,
             open_rows(setup),
             in_order=setup.scan.positions is None,
+            scanned=setup.scan.scanned,
         )
         self._rows_lock = threading.Lock()
         self._compute_lock = threading.RLock()
@@ -171,6 +176,7 @@ class Engine:
         self._sums = np.zeros((*shape, 4), np.float64)
         self._received = self._accepted = self._outside = self._duplicate = self._late = self._undecodable = 0
         self._missing_before = 0
+        self._passes_of_row = np.zeros(shape[0], np.int64)
         self._finished_missing: int | None = None
         self._frames_ahead = 0
         self.last_row: ClosedRow | None = None
@@ -208,7 +214,8 @@ class Engine:
         """Frames of an announced pass; in an endless series, not of one far ahead unless a whole row says so."""
         if self.setup.passes is not None:
             return passes < self.setup.passes
-        near = passes <= self._assembler.newest_pass + 1
+        # A large block of a small scan holds many passes.
+        near = passes <= self._assembler.newest_pass + 1 + len(passes) // self.setup.scan.frames_per_pass
         self._frames_ahead = 0 if near.any() else self._frames_ahead + len(passes)
         return near | (self._frames_ahead > self.setup.scan.shape[1])
 
@@ -229,6 +236,8 @@ class Engine:
         ny, nx = self.setup.scan.shape
         _, first = np.unique((passes[which] * ny + rows[which]) * nx + columns[which], return_index=True)
         chosen = which[np.sort(first)]
+        # One pass at a time: a row's frames of two passes must never be looked at together.
+        chosen = chosen[passes[chosen] == passes[chosen].min()]
         # More rows at a time than there are slots could never be placed together.
         row_key = passes[chosen] * ny + rows[chosen]
         if len(np.unique(row_key)) > BATCH_ROWS:
@@ -319,17 +328,18 @@ class Engine:
     def _commit(self, item: ClosedRow) -> None:
         ring, sums = self._ring, self._sums[item.row]
         received = self._assembler.received[item.slot]
-        if ring.pass_of_row[item.row] >= 0 and item.pass_ != ring.pass_of_row[item.row]:
-            self._missing_before += self._missing_in(item.row)
-            if not ring.averaging:
+        if item.pass_ != ring.pass_of_row[item.row]:
+            if ring.averaging:
+                self._passes_of_row[item.row] += 1
+            elif ring.pass_of_row[item.row] >= 0:
+                self._missing_before += self._missing_in(item.row)
                 sums[:] = 0
         ring.commit(item.row, item.pass_, self._assembler.pixels[item.slot], received)
         sums[received] += self._assembler.sums[item.slot][received]
 
     def _missing_in(self, row: int) -> int:
-        frames = self._ring.frames[row]
-        expected = frames.max() if self._ring.averaging else 1
-        return int((expected - frames).clip(0).sum())
+        expected = self._passes_of_row[row] if self._ring.averaging else 1
+        return int((expected - self._ring.frames[row])[self.setup.scan.scanned[row]].sum())
 
     # images out
 
@@ -341,11 +351,14 @@ class Engine:
         kept = (self.setup.probe.energy_ev, self.setup.probe.semiangle)
         if (probe.energy_ev, probe.semiangle) != kept:
             raise ValueError("energy and semi-angle cannot be changed while scanning")
-        setup = Setup(**{**self.setup.__dict__, "probe": probe, "method": method})
-        kernels = setup.make_kernels(self.device)
+        setup = replace(self.setup, probe=probe, method=method)
+        plan = MemoryPlan.of(setup)
         with self._compute_lock:
-            self.setup = setup
-            self._accumulator = self._make_accumulator(kernels)
+            plan.check(self.device, held=self.plan)
+            # The old kernels go before the new ones come: both together were not planned for.
+            del self._accumulator
+            self.setup, self.plan = setup, plan
+            self._accumulator = self._make_accumulator(setup.make_kernels(self.device))
             rows = np.flatnonzero(self._ring.acquired)
             for start in range(0, len(rows), BATCH_ROWS):
                 self._accumulator.add(rows[start : start + BATCH_ROWS])
@@ -356,6 +369,7 @@ class Engine:
             self._accumulator.remove(np.flatnonzero(self._ring.acquired))
             self._ring.pass_of_row[:] = -1
             self._ring.frames[:] = 0
+            self._passes_of_row[:] = 0
             self._sums[:] = 0
             self._decoder.forget()
 

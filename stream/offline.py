@@ -80,14 +80,16 @@ def reconstruct_file(
     """
     path = Path(path)
     with ExitStack() as stack:
-        mask, blocks, start = None, None, None
+        mask, unread = None, 0
         if is_recording(path):
             if dataset is not None:
                 raise ConfigurationError(
                     f"{path} is a recording of a stream: it has no other datasets, leave --dataset out"
                 )
             recording: Recording = stack.enter_context(open_recording(path))
-            start, blocks, total = recording.start, recording.blocks(), recording.frames
+            start, total = recording.start, recording.frames
+            blocks = recording.blocks(keep_batches=False)
+            unread = recording.undecodable_messages
         else:
             data = stack.enter_context(open_dataset(path, dataset))
             start, blocks, total, mask = file_start(data), file_blocks(data), data.frames, data.pixel_mask
@@ -102,6 +104,8 @@ def reconstruct_file(
             start_source="file",
         )
         stack.callback(run.close)
+        if unread:
+            run.undecodable(unread, "messages that could not be read when the stream was recorded")
         # The next rows are contracted while the next block is read and decoded.
         with ThreadPoolExecutor(1, thread_name_prefix="accumulate") as worker:
             pending = worker.submit(run.accumulate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -47,6 +48,15 @@ class ScanPattern:
             )
         if len(np.unique(used[:, 0] * self.shape[1] + used[:, 1])) != len(used):
             raise ConfigurationError("a position occurs twice in the position table")
+
+    @cached_property
+    def scanned(self) -> np.ndarray:
+        """bool ``shape``: the positions that frames come for; all but those that a table leaves out."""
+        if self.positions is None:
+            return np.ones(self.shape, bool)
+        out = np.zeros(self.shape, bool)
+        out[tuple(self.positions[(self.positions >= 0).all(axis=1)].T)] = True
+        return out
 
     @property
     def frames_per_pass(self) -> int:

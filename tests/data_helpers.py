@@ -29,8 +29,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 class Case:
     """A scan of random counts with its optics. Units as in the settings: kV, mrad, Å, degrees.
 
-    The defaults are awkward on purpose: odd and even scan, oblong detector and pixels, two steps, a disk off centre, and
-    steps so coarse that the Nyquist row and column lie inside the passband. No pixel lies exactly on the disk's edge.
+    The defaults are awkward on purpose: odd and even scan, oblong detector and pixels, two steps, a disk off centre,
+    and steps so coarse that the Nyquist row and column lie inside the passband. No pixel lies exactly on an edge.
     """
 
     scan: tuple[int, int] = (7, 10)

@@ -31,31 +31,6 @@ from tests.data_helpers import (
 
 ABERRATIONS = {"C10": -60.0, "C12": 25.0, "phi12": 30.0, "C21": 700.0, "phi21": -50.0, "C30": 2e4}
 FIFTH = {"C10": 40.0, "C34": 3e4, "phi34": 17.0, "C50": 4e6, "C23": 900.0, "phi23": 100.0, "C32": 1e4, "phi32": -20.0}
-#: Bugs that were found and not mended yet.
-MIXED = pytest.mark.xfail(
-    strict=True,
-    reason="frames of two passes of a row in one block are mixed: RowAssembler.mark holds the older for the newer",
-)
-AHEAD = pytest.mark.xfail(
-    strict=True,
-    reason="Engine._plausible: a block that holds more than two passes of an endless scan is taken for stray frames",
-)
-STALE = pytest.mark.xfail(
-    strict=True,
-    reason="RowAssembler.mark closes an older pass's row after the newer one, which it then replaces in the ring",
-)
-AVERAGED = pytest.mark.xfail(
-    strict=True,
-    reason="Engine._commit adds the missing frames of all earlier passes again at every pass",
-)
-TABLE = pytest.mark.xfail(
-    strict=True,
-    reason="rows of which a position table leaves positions out are never full",
-)
-LOSS = pytest.mark.xfail(
-    strict=True,
-    reason="a row that lacks a frame is shown only once a later row is full",
-)
 
 BOTH = pytest.mark.parametrize("method", ["ssb", "ssb-single"])
 
@@ -254,7 +229,6 @@ def test_a_full_row_closes_incomplete_older_ones_and_counts_them() -> None:
         assert engine.counters == Counters(received=9, missing=1)
 
 
-@LOSS
 def test_rows_are_shown_though_every_one_lacks_a_frame() -> None:
     """Steady loss must not freeze the live image until a lucky row is complete."""
     case = Case(scan=(12, 8))
@@ -489,9 +463,6 @@ def test_any_order_over_the_borders_of_passes_in_blocks_of_one(data: st.DataObje
         assert_shows_passes(engine, case, passes, shown)
 
 
-@pytest.mark.xfail(
-    run=False, reason="as in test_a_block_may_end_in_the_middle_of_a_row_of_the_next_pass; shrinking is slow"
-)
 @settings(max_examples=30, derandomize=True, deadline=None)
 @given(data=st.data())
 def test_order_within_blocks_over_the_borders_of_passes(data: st.DataObject) -> None:
@@ -516,7 +487,6 @@ def test_order_within_blocks_over_the_borders_of_passes(data: st.DataObject) -> 
 # pass after pass
 
 
-@MIXED
 def test_a_block_may_end_in_the_middle_of_a_row_of_the_next_pass() -> None:
     case = Case(scan=(4, 5))
     passes = [case.counts(seed) for seed in range(2)]
@@ -529,7 +499,6 @@ def test_a_block_may_end_in_the_middle_of_a_row_of_the_next_pass() -> None:
         assert_object(engine, case, passes[1])
 
 
-@AHEAD
 def test_a_block_may_hold_many_passes_of_an_endless_scan() -> None:
     case = Case(scan=(4, 5))
     passes = [case.counts(seed) for seed in range(6)]
@@ -541,7 +510,6 @@ def test_a_block_may_hold_many_passes_of_an_endless_scan() -> None:
         assert_object(engine, case, passes[5])
 
 
-@STALE
 def test_an_older_incomplete_row_does_not_replace_a_newer_one() -> None:
     case = Case(scan=(3, 5))
     passes = [case.counts(seed) for seed in range(2)]
@@ -604,7 +572,6 @@ def test_incomplete_rows_of_a_later_pass() -> None:
         assert engine.counters == Counters(received=24 + 22 + 2, late=1, missing=1)
 
 
-@STALE
 def test_frames_of_an_older_pass_are_late() -> None:
     case = Case(scan=(4, 5))
     old, new = case.counts(0), case.counts(1)
@@ -669,7 +636,6 @@ def test_averaging_with_gaps() -> None:
         assert engine.counters == Counters(received=int(present.sum()), missing=int((~present).sum()))
 
 
-@AVERAGED
 def test_averaging_counts_missing_frames_once() -> None:
     case = Case(scan=(3, 5))
     with running(case.setup(passes=4, averaging=True)) as engine:
@@ -826,7 +792,6 @@ def test_other_ways_over_the_specimen(kind: str) -> None:
         assert engine.counters == Counters(received=len(frames), outside=len(frames) - 30)
 
 
-@TABLE
 def test_a_position_table_that_leaves_positions_out() -> None:
     case = Case(scan=(5, 6))
     counts = case.counts()
@@ -915,6 +880,14 @@ def test_the_memory_plan_is_a_bound(case: Case, changes: dict, method: str) -> N
         assert (plan.ring, plan.kernels, plan.contracted) == (exact["ring"], exact["kernels"], exact["contracted"])
         assert plan.total == plan.device_bytes + plan.open_rows
         assert "ring" in str(plan)
+
+
+def test_the_memory_plan_holds_for_optics_to_come() -> None:
+    case = Case(scan=(16, 16))
+    with running(case.setup(passes=None)) as engine:
+        feed(engine, case.counts())
+        engine.change(Case(aberrations=ABERRATIONS).probe, METHODS["ssb"])
+        assert held_bytes(engine)["kernels"] <= engine.plan.kernels
 
 
 class _SmallDevice(Device):

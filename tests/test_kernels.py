@@ -278,7 +278,7 @@ def test_overlap_masks() -> None:
 @pytest.mark.parametrize("aberrations", [{}, {"C10": 80.0}])
 @pytest.mark.parametrize("name", METHODS)
 def test_kernel_table(name: str, aberrations: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is the method's weights at each entry's frequency, conjugated where mirrored, whatever the block size."""
+    """The table holds the weights at each entry's frequency, conjugated where mirrored, for any block size."""
     case = Case(scan=(6, 8), rotation=30.0, aberrations=aberrations)
     setup = case.setup(name)
     k = setup.geometry.bf_k(case.probe.wavelength)
