@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 from detectors.errors import LiveptychoError
 from detectors.messages import FrameBlock, SeriesEnd, SeriesStart, Undecodable
 from detectors.registry import protocol_named
-from stream.config import Layer, Resolution
+from stream.config import Layer
 from stream.intake import Silence, messages
+from stream.parameters import Resolution
 from stream.receiver import Receiver
 
 #: The first bytes that a ZeroMQ peer sends: signature, 8 bytes, 0x7F, and its major version (ZMTP 3.x, RFC 23).

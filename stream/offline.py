@@ -13,8 +13,9 @@ import numpy as np
 from detectors.errors import ConfigurationError
 from detectors.messages import Encoding, FrameBlock, SeriesId, SeriesStart
 from stream.array import choose_device
-from stream.config import Layer, Parameters
+from stream.config import Layer
 from stream.files import Dataset4D, open_dataset
+from stream.parameters import Parameters
 from stream.reconstruction import Reconstruction
 from stream.recording import Recording, is_recording, open_recording
 from stream.result import Result, describe_result, is_result

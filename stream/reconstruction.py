@@ -19,10 +19,11 @@ from detectors.errors import ConfigurationError, ProtocolError
 from detectors.messages import FrameBlock, SeriesStart
 from stream.array import Device
 from stream.calibration import Survey
-from stream.config import Layer, MeasuredDisk, Parameters, Resolution, load_pixel_mask
+from stream.config import Layer
 from stream.engine import Engine
 from stream.kernels import method_named
 from stream.optics import Aberrations, AxesRelation, Probe
+from stream.parameters import MeasuredDisk, Parameters, Resolution, load_pixel_mask
 from stream.result import Result
 from stream.snapshot import IMAGE_UNITS, Counters
 

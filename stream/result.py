@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 
 from detectors.errors import DataFileError
-from stream.config import Parameters
-from stream.engine import Setup
+from stream.parameters import Parameters
+from stream.setup import Setup
 from stream.snapshot import IMAGE_UNITS, Counters
 
 #: Path in the file -> image; each gets an NXdata group, so that a viewer plots it with its axes.

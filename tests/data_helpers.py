@@ -14,11 +14,12 @@ import numpy as np
 from detectors.codec import encode
 from detectors.messages import Encoding, FrameBlock
 from stream.array import Device, choose_device
-from stream.engine import Engine, Setup
+from stream.engine import Engine
 from stream.geometry import DetectorGeometry
 from stream.kernels import METHODS
 from stream.optics import Aberrations, AxesRelation, Probe
 from stream.scan import ScanPattern
+from stream.setup import Setup
 from tests import oracle
 
 #: The data sets that come with the project's brief, where they are.

@@ -15,17 +15,9 @@ from hypothesis import strategies as st
 
 from detectors.errors import ConfigurationError
 from stream.api import layers
-from stream.config import (
-    Layer,
-    MeasuredDisk,
-    Parameters,
-    Resolution,
-    Settings,
-    load_pixel_mask,
-    load_positions,
-    parse_shape,
-)
+from stream.config import Layer, Settings, parse_shape
 from stream.optics import electron_wavelength
+from stream.parameters import MeasuredDisk, Parameters, Resolution, load_pixel_mask, load_positions
 from tests.data_helpers import Case
 
 COMPLETE: dict[str, Any] = {

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from detectors.codec import bitshuffle_library, decode, encode
 from detectors.errors import ProtocolError
 from detectors.messages import Encoding
-from stream.decode import BRIGHT_FIELD, MOMENT_COLUMN, MOMENT_ROW, REASONS, TOTAL, FrameDecoder
+from stream.decode import FrameDecoder
+from stream.unpack import BRIGHT_FIELD, MOMENT_COLUMN, MOMENT_ROW, REASONS, TOTAL
 from tests.data_helpers import payload_block
 
 DTYPES = ["<u1", "<u2", "<u4", "<f4"]

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from detectors.errors import DoesNotFit
 from detectors.messages import Encoding
 from stream.array import Device, choose_device
-from stream.engine import Engine, MemoryPlan
+from stream.engine import Engine
 from stream.kernels import METHODS
 from stream.optics import Aberrations, AxesRelation, Probe
 from stream.scan import ScanPattern
+from stream.setup import MemoryPlan
 from stream.snapshot import IMAGE_UNITS, Counters
 from tests import oracle
 from tests.data_helpers import (

@@ -12,8 +12,9 @@ from rich.table import Table
 from detectors.errors import ConfigurationError
 from stream.cli.options import Device, Threads, parse_passes, with_settings
 from stream.cli.progress import console, progress_bar
-from stream.config import Layer, Parameters
+from stream.config import Layer
 from stream.offline import describe_file, reconstruct_file
+from stream.parameters import Parameters
 from stream.replay import replay_recording
 from stream.result import Result
 
