@@ -1,1 +1,1 @@
-"""Benchmarks: ours against a baseline, on the same data, in one run. ``python -m benchmarks``; see docs/performance.md."""
+"""Benchmarks: ours against a baseline, on the same data, in one run. See docs/performance.md."""

@@ -90,7 +90,7 @@ def start(scan_shape: tuple[int, int], dtype: str, passes: int | None = 1) -> Se
     return SeriesStart(1, DETECTOR_SHAPE, np.dtype(dtype).newbyteorder("<"), scan_shape, count, settings)
 
 
-def stream_messages(frame_count: int, dtype: str, encoding: Encoding, per_message: int) -> list[list[bytes]]:
+def stream_messages(frame_count: int, dtype: str, encoding: Encoding, per_message: int) -> list[list[Any]]:
     """The frame messages of a series, packed: ``frame_count`` frames, ``per_message`` in each."""
     pool = [codec.encode(frame, encoding) for frame in frames(min(_POOL, frame_count), dtype)]
     encoder = NativeEncoder()
@@ -123,7 +123,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         if value == 0 or not np.isfinite(value):
-            return str(value)
+            return "–" if np.isnan(value) else str(value)
         digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
         return f"{value:.1e}" if abs(value) < 1e-3 else f"{round(value, digits):,.{min(digits, 4)}f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -37,15 +37,16 @@ async def session_seconds(sender: Sender, passes: int = 1) -> float:
     """From the first frame's departure to the last row in the image; raises when a frame is lost."""
     address = sender.begin(passes)
     async with Session(SessionOptions([address])) as session:
-        while session.reconstruction is None or session.reconstruction.engine is None:
+        while session.reconstruction is None or session.reconstruction.engine is None:  # noqa: ASYNC110
             await asyncio.sleep(1e-3)
         engine = session.reconstruction.engine
         sender.go(passes)
-        while engine.passes_done < passes or engine.closed_rows:
+        while engine.passes_done < passes or engine.closed_rows:  # noqa: ASYNC110
             await asyncio.sleep(2e-3)
         await asyncio.to_thread(engine.object)  # waits for the rows that are being contracted
         ended = time.time()
         await session.wait()
+    assert session.result is not None
     expected = sender.frames * passes
     counters = session.result.counters.as_dict()
     if counters != {**dict.fromkeys(counters, 0), "received": expected}:
@@ -117,11 +118,12 @@ def run(quick: bool) -> str:
         name = f"u{8 * np.dtype(dtype).itemsize} {encoding.name.lower()}"
         rows.append((name, per_message, mine, min(ours), max(ours), most, naive, mine / most, mine / naive))
         print(f"  {name} x{per_message}: {mine:,.0f} frames/s", flush=True)
-    head = ("192x192", "frames a message", "ours, frames/s", "slowest", "fastest", "receive and discard", "naive receiver",
-            "ours/discard", "ours/naive")  # fmt: skip
+    head = ("192x192", "frames a message", "ours, frames/s", "slowest", "fastest", "receive and discard",
+            "naive, no image", "ours/discard", "ours/naive")  # fmt: skip
     return (
         f"## End to end: {scan[0]}x{scan[1]} scan, about 1,250 BF pixels, in focus\n\n{table(head, rows)}\n\n"
-        "Sender and session are two processes on the same cores. No frame was missing, doubled or damaged in any run."
+        "Sender and session are two processes on the same cores. No frame was missing, doubled or damaged in any run.\n"
+        "The naive receiver gathers bright-field pixels and computes nothing else: no sums, no image."
     )
 
 

@@ -51,7 +51,7 @@ async def latencies(sender: Sender, rate: float) -> tuple[np.ndarray, np.ndarray
         viewer = context.Process(target=_watch, args=(session.publish_endpoint, other), daemon=True)
         viewer.start()
         await asyncio.to_thread(pipe.recv)
-        while session.reconstruction is None or session.reconstruction.engine is None:
+        while session.reconstruction is None or session.reconstruction.engine is None:  # noqa: ASYNC110
             await asyncio.sleep(1e-3)
         await asyncio.sleep(0.5)  # the subscription must be through
         sender.go(rate=rate, row=sender.columns)

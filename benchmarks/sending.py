@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from multiprocessing.connection import Connection
 from types import TracebackType
+from typing import Any
 
 import msgpack
 import zmq
@@ -16,6 +17,8 @@ from detectors.native import NativeEncoder
 
 #: A paced sender looks at the clock once in so many seconds.
 _BURST_S = 1e-3
+
+_Messages = list[list[Any]]
 
 
 class Sender:
@@ -81,7 +84,7 @@ def _serve(pipe: Connection, scan_shape: tuple[int, int], dtype: str, encoding: 
         began = time.time()
         ends: list[float] = []
         for number in range(passes):
-            chosen = messages if number == 0 else _renumbered(encoder, messages, number * frame_count, encoding)
+            chosen = messages if number == 0 else _renumbered(messages, number * frame_count)
             chosen = chosen[:limit]
             ends += _send(socket, chosen, per_message, rate, row)
         ended = time.time()
@@ -92,7 +95,7 @@ def _serve(pipe: Connection, scan_shape: tuple[int, int], dtype: str, encoding: 
     context.term()
 
 
-def _send(socket: zmq.Socket, messages: list[list[bytes]], per_message: int, rate: float | None, row: int) -> list[float]:
+def _send(socket: zmq.Socket, messages: _Messages, per_message: int, rate: float | None, row: int) -> list[float]:
     send = socket.send
     ends = []
     began, burst = time.perf_counter(), 0
@@ -107,7 +110,7 @@ def _send(socket: zmq.Socket, messages: list[list[bytes]], per_message: int, rat
     return ends
 
 
-def _renumbered(encoder: NativeEncoder, messages: list[list[bytes]], first: int, encoding: Encoding) -> list[list[bytes]]:
+def _renumbered(messages: _Messages, first: int) -> _Messages:
     """The same messages, for a later pass."""
     out = []
     for header, payload in messages:

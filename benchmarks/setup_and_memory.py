@@ -7,7 +7,7 @@ promises before anything is taken; the memory after the second of twenty passes.
 from __future__ import annotations
 
 import multiprocessing
-import resource
+import os
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -89,7 +89,7 @@ def _peak() -> int:
 
 def _now() -> int:
     with open("/proc/self/statm", encoding="ascii") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _offline(pipe: Connection, path: str, scan: tuple[int, int], aberrated: bool) -> None:
@@ -156,7 +156,8 @@ def run(quick: bool) -> str:
     rows = []
     for averaging in (False, True):
         after = apart(_endless, averaging)
-        rows.append(("averaging" if averaging else "newest wins", after[1] / _MB, after[-1] / _MB, after[-1] / after[1]))
+        name = "averaging" if averaging else "newest wins"
+        rows.append((name, after[1] / _MB, after[-1] / _MB, after[-1] / after[1]))
         print(f"  {_PASSES} passes: {after[1] / _MB:.1f} -> {after[-1] / _MB:.1f} MB", flush=True)
     flat = data.table(("endless 64x64 scan", "after pass 2, MB", f"after pass {_PASSES}, MB", "ratio"), rows)
     return (

@@ -10,7 +10,7 @@ The payload is a part of its own so that neither side ever copies it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
@@ -26,6 +26,8 @@ from detectors.messages import (
     SeriesStart,
     Undecodable,
 )
+
+_T = TypeVar("_T")
 
 VERSION = 1
 PORT = 31000
@@ -68,9 +70,14 @@ class NativeDecoder:
                     raise ProtocolError(f"unknown message type {kind!r}; known are start, frames, end")
             except ProtocolError as error:
                 run.close(messages)
-                messages.append(Undecodable(str(error)))
+                messages.append(Undecodable(_brief(str(error))))
         run.close(messages)
         return messages
+
+
+def _brief(reason: str) -> str:
+    """A reason repeats what came, which may be anything; it goes into snapshots and logs."""
+    return reason if len(reason) <= 300 else f"{reason[:200]} ... {reason[-80:]}"
 
 
 class _Run:
@@ -88,9 +95,7 @@ class _Run:
             raise ProtocolError(f"a 'frames' message has 2 parts (header, payload), this one has {len(parts)}")
         first = _integer(header, "first", 0, _LARGEST_INDEX)
         count = _integer(header, "count", 1, _MAX_FRAMES_PER_MESSAGE)
-        encoding = ENCODINGS.get(header.get("encoding"))  # type: ignore[arg-type]
-        if encoding is None:
-            raise ProtocolError(f"unknown encoding {header.get('encoding')!r}; known are {', '.join(ENCODINGS)}")
+        encoding = _choice(header, "encoding", ENCODINGS)
         offset, length = int(self.batch.offsets[parts[1]]), int(self.batch.lengths[parts[1]])
         sizes = _sizes(header, count, length)
         key = (_series(header), encoding)
@@ -137,6 +142,13 @@ def _integer(header: Mapping[str, Any], key: str, low: int, high: int) -> int:
     return value
 
 
+def _choice(header: Mapping[str, Any], key: str, choices: Mapping[str, _T]) -> _T:
+    name = header.get(key)
+    if not isinstance(name, str) or name not in choices:
+        raise ProtocolError(f"unknown {key} {name!r}; known are {', '.join(choices)}")
+    return choices[name]
+
+
 def _series(header: Mapping[str, Any]) -> SeriesId:
     series = header.get("series")
     if type(series) not in (int, str):
@@ -174,14 +186,10 @@ def _start(header: Mapping[str, Any], raw: bytes) -> SeriesStart:
     detector_shape = _shape(header, "detector_shape")
     if detector_shape is None:
         raise ProtocolError("a start message needs 'detector_shape' as [rows, columns]")
-    name = header.get("dtype")
-    if name not in DTYPES:
-        raise ProtocolError(f"unknown dtype {name!r}; known are {', '.join(DTYPES)}")
+    dtype = _choice(header, "dtype", DTYPES)
     frames = None if header.get("frames") is None else _integer(header, "frames", 1, _LARGEST_INDEX)
     settings = {key: value for key, value in header.items() if key not in _START_KEYS}
-    return SeriesStart(
-        _series(header), detector_shape, DTYPES[name], _shape(header, "scan_shape"), frames, settings, (raw,)
-    )
+    return SeriesStart(_series(header), detector_shape, dtype, _shape(header, "scan_shape"), frames, settings, (raw,))
 
 
 class NativeEncoder:

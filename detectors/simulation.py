@@ -81,6 +81,8 @@ class SimulatedScan:
                 raise ConfigurationError(f"{name} must be positive, got {getattr(self, name)!r}")
         if not 0 <= self.rolloff_mrad <= self.semiangle_mrad:
             raise ConfigurationError(f"rolloff_mrad must lie between 0 and semiangle_mrad, got {self.rolloff_mrad!r}")
+        if self.seed < 0:
+            raise ConfigurationError(f"seed must not be negative, got {self.seed!r}")
         if self.dtype not in DTYPES:
             raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for pixel in (*self.hot_pixels, *self.dead_pixels):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    # Introspection asks for all kinds of dunder names, also while stream.api is being imported.
+    if name.startswith("_"):
+        raise AttributeError(f"module 'stream' has no attribute {name!r}")
     # Not `from stream import api`: that asks here for `api` first.
     api = importlib.import_module("stream.api")
     if name in api.__all__:

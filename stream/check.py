@@ -63,14 +63,15 @@ async def check_address(
 
 async def _reach(address: str, timeout_s: float) -> Finding:
     """Is anybody there, and does it speak ZeroMQ? A plain connection tells, before any message is taken."""
-    parts = urlsplit(address)
+    scheme = address.partition("://")[0]
     try:
+        parts = urlsplit(address)
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if parts.scheme != "tcp" or not host or port is None:
-        if parts.scheme in ("ipc", "inproc"):
-            return Finding("connection", "-", f"{parts.scheme} addresses are not probed")
+    if scheme != "tcp" or not host or port is None:
+        if scheme in ("ipc", "inproc"):
+            return Finding("connection", "-", f"{scheme} addresses are not probed")
         return Finding("connection", "ERROR", f"{address!r} is not an address; write tcp://HOST:PORT")
     try:
         async with asyncio.timeout(timeout_s):
@@ -79,7 +80,7 @@ async def _reach(address: str, timeout_s: float) -> Finding:
         return Finding(
             "connection", "ERROR", f"{host} does not answer: is it switched on, and does a firewall block port {port}?"
         )
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         return Finding("connection", "ERROR", f"there is no host called {host!r}")
     except OSError:
         return Finding(

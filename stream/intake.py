@@ -49,6 +49,11 @@ async def messages(
             lease.release()
 
 
+def _held_bytes(block: FrameBlock) -> int:
+    """Memory that a kept block takes: its payloads, and number, place and size of each frame, empty ones too."""
+    return int(block.sizes.sum()) + 24 * len(block)
+
+
 class Orphans:
     """Frames that came before the start message of their series."""
 
@@ -61,10 +66,10 @@ class Orphans:
     def keep(self, block: FrameBlock) -> None:
         """Keep a block; the oldest ones go when there are too many."""
         self._blocks.append(block.compact())
-        self._bytes += int(block.sizes.sum())
+        self._bytes += _held_bytes(block)
         while self._bytes > _ORPHAN_BYTES:
             oldest = self._blocks.pop(0)
-            self._bytes -= int(oldest.sizes.sum())
+            self._bytes -= _held_bytes(oldest)
             self.lost += len(oldest)
 
     def claim(self, start: SeriesStart) -> list[FrameBlock]:

@@ -45,6 +45,10 @@ def electron_wavelength(energy_ev: float) -> float:
     return 1e10 * non_relativistic / math.sqrt(1 + ee / (2 * ELECTRON_MASS_KG * SPEED_OF_LIGHT_M_PER_S**2))
 
 
+#: No lens has larger coefficients [Å], C50 of several metres included; beyond, phases lose all precision.
+_LARGEST = 1e12
+
+
 @dataclass(frozen=True)
 class Aberrations:
     """Aberration coefficients of the probe-forming lens, in the frame of the *scan* axes.
@@ -68,8 +72,8 @@ class Aberrations:
                 number = float(value)
             except (TypeError, ValueError):
                 number = math.nan
-            if not math.isfinite(number):
-                raise ConfigurationError(f"aberration {key} must be a finite number, got {value!r}")
+            if not abs(number) <= _LARGEST:
+                raise ConfigurationError(f"aberration {key} must be a number of at most {_LARGEST:g}, got {value!r}")
             match = re.fullmatch(r"(C|phi)(\d)(\d)", key)
             symbol = f"C{match[2]}{match[3]}" if match else key
             if symbol not in ABERRATION_SYMBOLS:

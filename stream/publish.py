@@ -6,13 +6,12 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgpack
 import zmq
 import zmq.asyncio
 
-from detectors.errors import ConfigurationError, ConnectionFailed, LiveptychoError
+from detectors.errors import ConfigurationError, ConnectionFailed, LiveptychoError, ProtocolError
 from stream.receiver import why
 from stream.snapshot import COMMANDS, unpack_map
 
@@ -38,8 +37,7 @@ class Publisher:
         self.control_port = 0
 
     async def __aenter__(self) -> Publisher:
-        parts = urlsplit(self._address)
-        if parts.scheme != "tcp":
+        if not self._address.startswith("tcp://"):
             raise ConfigurationError(f"snapshots are published on tcp://HOST:PORT, got {self._address!r}")
         self._context = zmq.asyncio.Context()
         try:
@@ -79,14 +77,16 @@ class Publisher:
     async def answer(self) -> None:
         """Answer control requests, one at a time, for ever."""
         while True:
-            reply = await self._answer_one(await self._control.recv())
+            reply = await self._answer_one(await self._control.recv_multipart())
             await self._control.send(msgpack.packb(reply))
 
-    async def _answer_one(self, part: bytes) -> dict[str, Any]:
+    async def _answer_one(self, parts: list[bytes]) -> dict[str, Any]:
         try:
-            request = unpack_map(part)
+            if len(parts) != 1:
+                raise ProtocolError(f"a request has 1 part, this one has {len(parts)}")
+            request = unpack_map(parts[0])
             command = request.pop("command", None)
-            if command not in COMMANDS:
+            if not isinstance(command, str) or command not in COMMANDS:
                 raise ConfigurationError(f"unknown command {command!r}; known are {', '.join(COMMANDS)}")
             if unknown := sorted(map(str, request.keys() - set(COMMANDS[command]))):
                 raise ConfigurationError(
@@ -97,3 +97,6 @@ class Publisher:
         except LiveptychoError as error:
             logger.warning("control request refused: %s", error)
             return {"ok": False, "error": str(error)}
+        except Exception as error:  # a mistake of ours: whoever asked must hear of it, and the scan must go on
+            logger.exception("a control request failed")
+            return {"ok": False, "error": f"internal error: {type(error).__name__}: {error}"}

@@ -163,6 +163,9 @@ class Receiver:
         socket.reconnect_ivl_max = 1000
         if self._pattern == "sub":
             socket.subscribe(b"")
+        port = address.rpartition(":")[2]
+        if address.startswith("tcp://") and port.isdecimal() and int(port) > 65535:  # ZeroMQ would take the remainder
+            raise ConnectionFailed(f"cannot use {address!r}: there are no ports beyond 65535")
         try:
             if self._bind:
                 socket.bind(address)
@@ -184,6 +187,7 @@ class Receiver:
 
     async def get(self, timeout_s: float | None = None) -> Lease | None:
         """The next batch, at once if one is there; None when nothing came for ``timeout_s`` seconds."""
+        deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         while True:
             for channel in self._channels[self._next :] + self._channels[: self._next]:
                 if channel.slab is not None and channel.slab.offsets:
@@ -194,7 +198,7 @@ class Receiver:
                     return Lease(self, slab, channel.index)
             self._something.clear()
             try:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout_at(deadline):
                     await self._something.wait()
             except TimeoutError:
                 self._raise_failed_reader()

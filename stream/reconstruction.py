@@ -63,7 +63,8 @@ class Reconstruction:
         start_source: str = "stream",
         survey_only: bool = False,
     ) -> None:
-        own = dict(start.settings)
+        # A stream knows nothing of our files: it must not have us read any.
+        own = {key: value for key, value in start.settings.items() if key not in ("pixel_mask", "positions")}
         if start.scan_shape is not None:
             own["scan_shape"] = start.scan_shape
         self.start, self.source, self._device = start, source, device

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import zmq
 
 from detectors.errors import ConfigurationError
 from detectors.messages import FrameBlock
@@ -16,6 +17,9 @@ from stream.recording import Recording, open_recording
 
 #: Frames that came together go out in messages of at most so many.
 _FRAMES_PER_MESSAGE = 64
+
+#: A publisher waits for its first subscriber for at most so long [s].
+_SUBSCRIBER_WAIT_S = 5.0
 
 
 async def replay_recording(
@@ -42,6 +46,8 @@ async def replay_recording(
         try:
             if ready is not None:
                 ready(wire.endpoint)
+            if wire.publishes:
+                await wire.wait_for(zmq.POLLIN, _SUBSCRIBER_WAIT_S)
             sent = await _send(recording, wire, speed, progress)
             await wire.flush(linger_s)
         finally:

@@ -54,6 +54,8 @@ class Result:
 
         Raises ``DataFileError`` when it cannot be written.
         """
+        if not path.name or path.is_dir():
+            raise DataFileError(f"cannot write the result {path}: it is a directory; name a file in it")
         unfinished = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

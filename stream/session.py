@@ -13,6 +13,7 @@ import logging
 import math
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
@@ -99,6 +100,9 @@ class Session:
 
     def __init__(self, options: SessionOptions) -> None:
         self.options = options
+        record, output = options.record, options.output
+        if record is not None and output is not None and record.absolute() == output.absolute():
+            raise ConfigurationError(f"recording and result would both be {record}; choose two names")
         self._protocol = protocol_named(options.protocol)
         self._device = choose_device(options.device)
         self._id = uuid.uuid4().hex[:12]
@@ -106,6 +110,7 @@ class Session:
         self._run: Reconstruction | None = None
         self._recorder: Recorder | None = None
         self._orphans = Orphans()
+        self._unread: deque[tuple[int, str]] = deque(maxlen=1000)
         self._skip: object = None
         self._series_count = 0
         self._ending = False
@@ -221,18 +226,21 @@ class Session:
         """Take messages until the last series has ended."""
         stopped = asyncio.create_task(self._stop.wait())
         stream = messages(self._receiver, self._protocol.decoder())
+        following: asyncio.Future[Message | Silence] | None = None
         try:
             while not self._stop.is_set():
                 following = asyncio.ensure_future(anext(stream))
                 await asyncio.wait([following, stopped], return_when=asyncio.FIRST_COMPLETED)
                 if not following.done():
-                    following.cancel()
-                    await asyncio.gather(following, return_exceptions=True)
                     break
                 if await self._handle(following.result()) and not self.options.follow:
                     return
         finally:
-            stopped.cancel()
+            # Left pending, it would keep the generator running, which then could not be closed.
+            waiting = [task for task in (stopped, following) if task is not None]
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
             await stream.aclose()
         if self._run is not None and self._state in ("calibrating", "scanning"):
             await self._finish("stopped by the user", "stopped")
@@ -257,6 +265,8 @@ class Session:
             self._message = f"undecodable message: {item.reason}"
             if self._run is not None:
                 self._run.undecodable(item.frames, item.reason)
+            else:
+                self._unread.append((item.frames, item.reason))
             if self._recorder is not None:
                 self._recorder.undecodable(1)
         return False
@@ -291,6 +301,9 @@ class Session:
                 await asyncio.to_thread(self._run.prepare)
         except LiveptychoError as error:
             return self._give_up(error)
+        for frames, reason in self._unread:
+            self._run.undecodable(frames, reason)
+        self._unread.clear()
         if self._run.engine is not None:
             logger.info("memory: %s", self._run.engine.plan)
         for block in self._orphans.claim(start):
@@ -392,7 +405,7 @@ class Session:
         if self._recorder is not None:
             await asyncio.to_thread(self._recorder.end, end)
         expected = run.start.frames
-        if len(self.options.addresses) > 1 and expected is not None and run.counters.received < expected:
+        if len(self.options.addresses) > 1 and (expected is None or run.counters.received < expected):
             self._ending = True  # the other sockets may still hold frames
             return False
         await self._finish("")
@@ -410,6 +423,9 @@ class Session:
             if self.options.output is not None:
                 path = numbered(self.options.output, self._series_count)
                 await asyncio.to_thread(self.result.save, path)
+        except LiveptychoError as error:
+            self._give_up(error)
+            return
         finally:
             self._close_recorder()
         counters = run.counters

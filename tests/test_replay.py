@@ -165,7 +165,7 @@ async def test_a_replay_to_subscribers(tmp_path: Path) -> None:
     await recorded(path)
     # A publisher does not wait for its subscribers; whoever is there from the start must hear everything.
     async with replaying(path, pattern="pub") as (endpoint, _):
-        session, _ = await run_session(live_options(endpoint, pattern="sub", timeout_s=5.0))
+        session, _ = await run_session(live_options(endpoint, pattern="sub", timeout_s=2.0))
     assert session.result is not None
     assert session.result.counters.received == FRAMES
 

@@ -51,7 +51,7 @@ def simulate(
     pub: Annotated[
         bool, typer.Option("--pub", help="PUB instead of PUSH: several receivers, each gets everything.")
     ] = False,
-    series: Annotated[int, _option("Series id.")] = 1,
+    series: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Series id.")] = 1,
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Make every frame before sending the first, to keep a high rate.")
     ] = False,
