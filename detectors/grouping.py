@@ -16,6 +16,9 @@ Group = tuple[int, Sequence[Payload]]
 _BATCH_MESSAGES = 512
 _BATCH_S = 5e-3
 
+#: A message is kept below this size, whatever was asked for: receivers need not take more than 128 MiB.
+_MESSAGE_BYTES = 32 << 20
+
 
 def message_groups(
     source: FrameSource,
@@ -64,10 +67,12 @@ def _split(blocks: Iterator[Group]) -> Iterator[Group]:
 
 
 def _joined(blocks: Iterator[Group], most: int) -> Iterator[Group]:
-    """Consecutive frames in messages of ``most``; fewer where the index jumps and at the end."""
+    """Consecutive frames in messages of ``most``; fewer where the index jumps, at the end, and of large frames."""
     first = 0
     pending: list[Payload] = []
     for start, payloads in blocks:
+        largest = max((len(payload) for payload in payloads), default=0)
+        most = max(1, min(most, _MESSAGE_BYTES // max(1, largest)))
         if pending and start != first + len(pending):
             yield first, pending
             pending = []

@@ -53,6 +53,7 @@ class NativeDecoder:
         messages: list[Message] = []
         run = _Run(batch)
         for parts in batch.messages():
+            header: Mapping[str, Any] = {}
             try:
                 header = _unpack(batch.part(parts[0]))
                 kind = header["type"]
@@ -70,9 +71,15 @@ class NativeDecoder:
                     raise ProtocolError(f"unknown message type {kind!r}; known are start, frames, end")
             except ProtocolError as error:
                 run.close(messages)
-                messages.append(Undecodable(_brief(str(error))))
+                messages.append(Undecodable(_brief(str(error)), _claimed_frames(header)))
         run.close(messages)
         return messages
+
+
+def _claimed_frames(header: Mapping[str, Any]) -> int:
+    """How many frames are lost with a message that cannot be read."""
+    count = header.get("count")
+    return count if type(count) is int and 1 <= count <= _MAX_FRAMES_PER_MESSAGE else 1
 
 
 def _brief(reason: str) -> str:

@@ -25,7 +25,8 @@ from stream.offline import Progress, reconstruct_file
 from stream.optics import Aberrations, AxesRelation, Probe
 from stream.recording import Recording, open_recording
 from stream.result import Result
-from stream.session import Session, SessionOptions
+from stream.session import Session
+from stream.session_options import SessionOptions
 from stream.snapshot import Counters, Snapshot
 from stream.spectra import spectrum_at
 

@@ -240,6 +240,7 @@ class Receiver:
                 continue
             # Nothing left. The descriptor is edge triggered and reading the event flag re-arms it.
             if int(channel.socket.EVENTS) & zmq.POLLIN:
+                await asyncio.sleep(0)
                 continue
             channel.readable.clear()
             loop.add_reader(descriptor, channel.readable.set)

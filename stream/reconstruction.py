@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from detectors import codec
-from detectors.errors import ConfigurationError, ProtocolError
+from detectors.errors import ConfigurationError, DoesNotFit, ProtocolError
 from detectors.messages import FrameBlock, SeriesStart
-from stream.array import Device
+from stream.array import Device, host_free_bytes
 from stream.calibration import Survey
 from stream.config import Layer
 from stream.engine import Engine
@@ -35,6 +35,12 @@ SURVEY_FRAMES = 256
 #: ... and the most memory that they may take, decoded.
 _BACKLOG_BYTES = 256 << 20
 
+
+#: More positions than any scan has; beyond, even planning the memory would take minutes.
+_MOST_POSITIONS = 1 << 26
+
+#: Host memory that a detector pixel takes: sums, tables and scratch of a decoding thread or two.
+_BYTES_PER_PIXEL = 80
 
 #: Settings that can be changed while scanning: they decide neither which pixels nor which positions are kept.
 CHANGEABLE = ("aberrations", "rotation_deg", "transpose", "method")
@@ -73,6 +79,7 @@ class Reconstruction:
         self._preparing = threading.Lock()
         self._resolution = Resolution([*layers, Layer.of(start_source, own, ignore_unknown=True)])
         self._resolution.require()
+        _refuse_absurd(start, self._resolution.known["scan_shape"])
         self._passes = passes
         self._backlog: list[FrameBlock] = []
         self._backlog_frames = 0
@@ -124,6 +131,11 @@ class Reconstruction:
         parameters = self.look()
         setup = parameters.setup(self.start.detector_shape, self.start.dtype, self._resolve_passes(), self._file_mask)
         engine = Engine(setup, self._device, threads=self._threads)
+        if setup.passband.entries == 0:
+            self._note(
+                "no scan frequency of this scan lies within 2 alpha / lambda, so the phase will be empty: check "
+                "scan_step_angstrom and semiangle_mrad"
+            )
         self._note_frames(setup.scan.frames_per_pass, setup.passes)
         for frames, reason in self._unread:
             engine.undecodable(frames, reason)
@@ -263,4 +275,20 @@ class Reconstruction:
             engine.counters,
             self.source,
             max(1, engine.passes_done),
+        )
+
+
+def _refuse_absurd(start: SeriesStart, scan_shape: tuple[int, int]) -> None:
+    """Raise ``DoesNotFit`` for shapes that could not be worked with, before anything of their size is made."""
+    rows, columns = start.detector_shape
+    free = host_free_bytes()
+    if math.prod(scan_shape) > _MOST_POSITIONS:
+        raise DoesNotFit(
+            f"a scan of {scan_shape[0]}x{scan_shape[1]} positions is more than the {_MOST_POSITIONS} that can be "
+            "reconstructed; check scan_shape"
+        )
+    if _BYTES_PER_PIXEL * rows * columns > 0.5 * free:
+        raise DoesNotFit(
+            f"a detector of {rows}x{columns} pixels needs about {_BYTES_PER_PIXEL * rows * columns / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: bin the detector, or use a machine with more memory"
         )

@@ -185,7 +185,7 @@ def _holds_numbers(frame, bad):
     """Whether every pixel that is not masked is finite: one that is not would spoil every image it gets into."""
     for i in range(len(bad)):
         frame[bad[i]] = 0
-    for value in frame:
+    for value in frame:  # noqa: SIM110 - compiled, and a generator is not
         if not np.isfinite(value):
             return False
     return True

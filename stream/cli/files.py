@@ -26,7 +26,7 @@ def reconstruct(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result (HDF5, NeXus).")],
     dataset: Annotated[str | None, typer.Option(help="Path of the 4-D dataset inside an HDF5 file.")] = None,
     passes: Annotated[
-        int, typer.Option(help="Passes to take from a recording. [default: all]", show_default=False)
+        int, typer.Option(help="Passes to take from a recording. (default: all)", show_default=False)
     ] = -1,
     device: Device = "auto",
     threads: Threads = None,

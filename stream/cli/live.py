@@ -24,7 +24,8 @@ from stream.cli.options import Device, Protocol, Threads, parse_passes, with_set
 from stream.cli.progress import console, progress_bar
 from stream.config import Layer
 from stream.record import record_stream
-from stream.session import Session, SessionOptions
+from stream.session import Session
+from stream.session_options import SessionOptions
 from stream.snapshot import Snapshot
 
 DEFAULT_PUBLISH = "tcp://127.0.0.1:31010"
@@ -43,7 +44,7 @@ Timeout = Annotated[
     typer.Option(
         min=0.1,
         help="Give up when nothing comes for so many seconds. "
-        "[default without a viewer: 300 before the start, 30 within a series; with one: never]",
+        "(default without a viewer: 300 before the start, 30 within a series; with one: never)",
         show_default=False,
     ),
 ]
@@ -64,7 +65,7 @@ def live(
         int,
         typer.Option(
             help="Passes to take: the newest replaces the older one row by row; 0 for ever. "
-            "[default: as many as the series announces]",
+            "(default: as many as the series announces)",
             show_default=False,
         ),
     ] = -1,
@@ -75,7 +76,7 @@ def live(
         str | None,
         typer.Option(
             help="Address that viewers connect to; control is one port further. "
-            f"[default: {DEFAULT_PUBLISH} with a viewer]",
+            f"(default: {DEFAULT_PUBLISH} with a viewer)",
             show_default=False,
         ),
     ] = None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from detectors.errors import ConfigurationError
 from stream.config import Layer
@@ -80,7 +81,7 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     ]
     parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config))
     for key, (kind, text) in _FLAGS.items():
-        annotation = Annotated[kind | None, typer.Option(help=text, rich_help_panel=_PANEL)]  # type: ignore[valid-type]
+        annotation = Annotated[kind | None, typer.Option(help=escape(text), rich_help_panel=_PANEL)]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -98,5 +99,5 @@ def parse_passes(passes: int, unset: int) -> int | None:
 Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu or gpu.")]
 Protocol = Annotated[str, typer.Option(help="What the detector speaks: native (docs/protocol.md).")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads for decoding and for computing, each. [default: all cores]")
+    int | None, typer.Option(min=1, help="Threads for decoding and for computing, each. (default: all cores)")
 ]

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import h5py
 import numpy as np
 import typer
+from rich.markup import escape
 
 from detectors.errors import ConfigurationError
 from detectors.messages import Encoding
@@ -28,14 +29,15 @@ from stream.cli.progress import console, progress_bar
 from stream.config import parse_shape
 from stream.files import open_dataset
 from stream.offline import FileFrames
-from stream.session import Session, SessionOptions
+from stream.session import Session
+from stream.session_options import SessionOptions
 
 _SPECIMEN = "Simulated specimen and microscope (without FILE)"
 _MISBEHAVE = "Misbehaviour (fractions of the frames, 0 to 1)"
 
 
 def _option(text: str, panel: str | None = None) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel)
+    return typer.Option(help=escape(text), rich_help_panel=panel)
 
 
 def simulate(
@@ -46,7 +48,7 @@ def simulate(
     protocol: Annotated[str, _option("Stream protocol: native.")] = "native",
     rate: Annotated[str, _option("Frames per second, or max: as fast as the receiver accepts.")] = "max",
     passes: Annotated[int, _option("Passes to send; 0 for ever.")] = 1,
-    frames_per_message: Annotated[int, typer.Option(min=1, help="Frames in a message.")] = 64,
+    frames_per_message: Annotated[int, typer.Option(min=1, max=65536, help="Frames in a message.")] = 64,
     encoding: Annotated[str, _option("raw, lz4 or bslz4.")] = "bslz4",
     pub: Annotated[
         bool, typer.Option("--pub", help="PUB instead of PUSH: several receivers, each gets everything.")

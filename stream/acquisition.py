@@ -1,0 +1,290 @@
+"""From messages to series: each one is begun, recorded, reconstructed, finished and saved as its messages say.
+
+Owns no socket and no task. ``Session`` feeds it, looks at its state, and lets rows into the image.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from importlib.metadata import version
+
+from detectors.errors import ConnectionFailed, LiveptychoError
+from detectors.messages import FrameBlock, Message, SeriesEnd, SeriesStart, Undecodable
+from stream.array import choose_device
+from stream.intake import Orphans, Silence
+from stream.reconstruction import Reconstruction
+from stream.recording import Recorder
+from stream.result import Result
+from stream.session_options import SessionOptions, numbered
+
+logger = logging.getLogger(__name__)
+
+#: Once the end message came, or every pass is complete, stragglers are waited for so long [s].
+_GRACE_S = 0.5
+#: When nothing comes at all, advice is given after so long [s].
+_ADVICE_S = 5.0
+#: The link counts as silent after so long [s].
+_SILENT_S = 1.0
+
+
+class Acquisition:
+    """The series of one session, one after the other. It lives on the event loop; what takes time runs in threads."""
+
+    def __init__(self, options: SessionOptions) -> None:
+        self.options = options
+        self.run: Reconstruction | None = None
+        """the series in progress, or the last one"""
+        self.state, self.message, self.link = "waiting", f"waiting for {', '.join(options.addresses)}", "waiting"
+        """as in ``Snapshot``"""
+        self.changed = True
+        """something happened that a new snapshot would show"""
+        self.rows = asyncio.Event()
+        """rows may have been closed, and wait to be let into the image"""
+        self.rate = Rate()
+        self.result: Result | None = None
+        self.incomplete = ""
+        self._device = choose_device(options.device)
+        self._recorder: Recorder | None = None
+        self._orphans = Orphans()
+        self._unread: deque[tuple[int, str]] = deque(maxlen=1000)
+        self._refused: SeriesStart | None = None
+        self._series_count = 0
+        self._ending = False
+
+    def set_state(self, state: str, message: str) -> None:
+        """Enter a state (see ``Snapshot``), with a sentence for the user."""
+        self.state, self.message, self.changed = state, message, True
+
+    async def take(self, item: Message | Silence) -> bool:
+        """Take one message; True when a series has ended with it. Raises ``LiveptychoError``: see ``Session``."""
+        if not isinstance(item, Silence):
+            self.link = "receiving"
+        if isinstance(item, FrameBlock):
+            return await self._frames(item)
+        if isinstance(item, Silence):
+            return await self._silence(item.seconds)
+        if isinstance(item, SeriesStart):
+            return await self._start(item)
+        if isinstance(item, SeriesEnd):
+            return await self._end(item)
+        if isinstance(item, Undecodable):
+            logger.info("undecodable: %s", item.reason)
+            self.changed = True
+            self.message = f"undecodable message: {item.reason}"
+            if self.run is not None:
+                self.run.undecodable(item.frames, item.reason)
+            else:
+                self._unread.append((item.frames, item.reason))
+            if self._recorder is not None:
+                self._recorder.undecodable(1)
+        return False
+
+    async def _start(self, start: SeriesStart) -> bool:
+        # Publishers repeat their start for those who come late; one that was refused is refused until it differs.
+        underway = self.active and self.run is not None and start.series == self.run.start.series
+        if underway or (self._refused is not None and start.header == self._refused.header):
+            return False
+        ended = False
+        if self.active:
+            await self.finish(f"series {start.series} began before its end")
+            ended = not self.options.follow
+        if ended:
+            return True
+        self.close()
+        self._series_count += 1
+        self._refused, self._ending = None, False
+        options = self.options
+        try:
+            if options.record is not None:
+                path = numbered(options.record, self._series_count)
+                self._recorder = Recorder(path, start, options.protocol, version("liveptycho"))
+            self.run = Reconstruction(
+                start,
+                options.layers,
+                self._device,
+                source=f"series {start.series} from {', '.join(options.addresses)}",
+                passes=options.passes,
+                threads=options.threads,
+            )
+            self.set_state("calibrating", f"series {start.series}: making ready")
+            if not self.run.needs_disk:
+                await asyncio.to_thread(self.run.prepare)
+        except LiveptychoError as error:
+            return self._give_up(error, start)
+        for frames, reason in self._unread:
+            self.run.undecodable(frames, reason)
+        self._unread.clear()
+        if self.run.engine is not None:
+            logger.info("memory: %s", self.run.engine.plan)
+        for block in self._orphans.claim(start):
+            await self._frames(block)
+        return False
+
+    def _give_up(self, error: LiveptychoError, start: SeriesStart | None = None) -> bool:
+        """This series cannot be reconstructed: the session's end, unless it waits for others."""
+        if not self.options.follow:
+            raise error
+        self._refused = self.run.start if start is None and self.run is not None else start
+        self._close_recorder()
+        logger.error("%s", error)
+        self.set_state("failed", str(error))
+        return False
+
+    @property
+    def active(self) -> bool:
+        """Whether a series is in progress."""
+        return self.run is not None and self.state in ("calibrating", "scanning")
+
+    async def _frames(self, block: FrameBlock) -> bool:
+        run = self.run
+        if not self.active or run is None or block.series != run.start.series:
+            refused = self._refused is not None and block.series == self._refused.series
+            if not refused and (run is None or block.series != run.start.series):
+                self._orphans.keep(block)
+                self.message = f"frames of series {block.series} arrive, but its start message did not come (yet)"
+            return False
+        self.rate.count(len(block), int(block.sizes.sum()))
+        try:
+            # Recording and decoding read the same memory at the same time; both must be done before it is reused.
+            work = [asyncio.to_thread(run.add, block)]
+            if self._recorder is not None:
+                work.append(asyncio.to_thread(self._recorder.write, block))
+            outcomes = await asyncio.gather(*work, return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+        except LiveptychoError as error:
+            return self._give_up(error)
+        if run.engine is not None and self.state == "calibrating":
+            self.set_state("scanning", "")
+        self.changed = True
+        self.rows.set()
+        return await self._finish_if_complete(block)
+
+    async def _finish_if_complete(self, block: FrameBlock) -> bool:
+        run = self.run
+        assert run is not None
+        if run.engine is None:
+            return False
+        passes = run.engine.setup.passes
+        if passes is None or run.engine.passes_done < passes:
+            return False
+        # Everything is there: the end message should follow, unless the stream goes on beyond what was asked for.
+        self._ending = True
+        if int(block.indices.max()) >= passes * run.engine.setup.scan.frames_per_pass:
+            await self.finish("")
+            return True
+        return False
+
+    async def _silence(self, seconds: float) -> bool:
+        if seconds >= _SILENT_S and self.link == "receiving":
+            self.link, self.changed = "silent", True
+            if self._recorder is not None:
+                await asyncio.to_thread(self._recorder.flush)  # it is not asked to write until frames come again
+        if self.active and self.run is not None:
+            if self._ending and seconds >= _GRACE_S:
+                await self.finish("")
+                return True
+            if seconds >= self.options.row_timeout_s and self.run.engine is not None:
+                self.run.engine.close_rows()
+                self.rows.set()
+        timeout = self.options.series_timeout_s if self.active else self.options.timeout_s
+        if not self.active and not self._series_count and seconds >= _ADVICE_S:
+            self.message = self._nobody_there(seconds)
+        if timeout is None or seconds < timeout:
+            return False
+        if self.active:
+            await self.finish(f"nothing came for {timeout:g} s, and no end message")
+            return True
+        if not self._series_count:
+            raise ConnectionFailed(self._nobody_there(timeout))
+        return False
+
+    def _nobody_there(self, seconds: float) -> str:
+        where = ", ".join(self.options.addresses)
+        if (series := self._orphans.series) is not None:
+            return (
+                f"frames of series {series} came from {where}, but no start message within {seconds:.0f} s: start "
+                "liveptycho before the detector is armed"
+            )
+        return (
+            f"nothing came from {where} within {seconds:.0f} s: is the detector's stream switched on, armed, and the "
+            f"address right? `liveptycho check {where}` looks closer"
+        )
+
+    async def _end(self, end: SeriesEnd) -> bool:
+        run = self.run
+        if not self.active or run is None or end.series != run.start.series:
+            return False
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.end, end)
+        expected = run.start.frames
+        if len(self.options.addresses) > 1 and (expected is None or run.counters.received < expected):
+            self._ending = True  # the other sockets may still hold frames
+            return False
+        await self.finish("")
+        return True
+
+    async def finish(self, incomplete: str, state: str = "finished") -> None:
+        """End the series: its result is made and written. ``incomplete`` says in words why it is not whole."""
+        run = self.run
+        assert run is not None
+        self.incomplete = incomplete
+        if incomplete:
+            logger.warning("series %s: %s", run.start.series, incomplete)
+        try:
+            await asyncio.to_thread(run.finish)
+            self.result = await asyncio.to_thread(run.result)
+            await self.save()
+        except LiveptychoError as error:
+            self._give_up(error)
+            return
+        finally:
+            self._close_recorder()
+        counters = run.counters
+        if not counters.received:
+            self.incomplete = incomplete = incomplete or "it ended before any frame came"
+        lost = f"{counters.missing} frames missing" if counters.missing else "complete"
+        self.set_state(state, incomplete or f"series {run.start.series}: {lost}")
+
+    async def save(self) -> None:
+        """Write the result where the options say, if they do. Raises ``DataFileError``."""
+        if self.result is not None and self.options.output is not None:
+            await asyncio.to_thread(self.result.save, numbered(self.options.output, self._series_count))
+
+    def _close_recorder(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+    def close(self) -> None:
+        """Let go of files and threads; images can still be taken."""
+        self._close_recorder()
+        if self.run is not None:
+            self.run.close()
+
+
+class Rate:
+    """Frames and bytes a second, over about the last second."""
+
+    def __init__(self) -> None:
+        self._frames = self._bytes = 0
+        self._since = time.monotonic()
+        self._value = (0.0, 0.0)
+
+    def count(self, frames: int, size: int) -> None:
+        """Note frames that came."""
+        self._frames += frames
+        self._bytes += size
+
+    def now(self) -> tuple[float, float]:
+        """Frames a second, bytes a second."""
+        elapsed = time.monotonic() - self._since
+        if elapsed >= 1.0:
+            self._value = (self._frames / elapsed, self._bytes / elapsed)
+            self._frames = self._bytes = 0
+            self._since = time.monotonic()
+        return self._value

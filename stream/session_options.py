@@ -1,0 +1,67 @@
+"""What a live session is to do, and which files it may write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectors.errors import ConfigurationError, DataFileError
+from stream.config import Layer
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What a session does. Times in seconds."""
+
+    addresses: Sequence[str]
+    """ZeroMQ endpoints of the detector; several share the load of one stream"""
+    protocol: str = "native"
+    bind: bool = False
+    pattern: str = "pull"
+    layers: Sequence[Layer] = ()
+    """settings, in order of precedence, before what the stream says of itself"""
+    passes: int | None = 0
+    """how many passes to take; None for ever, 0 as many as the series announces"""
+    device: str = "auto"
+    record: Path | None = None
+    output: Path | None = None
+    """where the result of each finished series is written; from the second on with -2, -3, ... in the name"""
+    publish: str | None = None
+    follow: bool = False
+    """wait for the next series after one has ended"""
+    linger_s: float = 0.0
+    """keep publishing and answering control requests for so long after the last series; ``math.inf`` until stopped"""
+    timeout_s: float | None = None
+    """give up when nothing came for so long before the first series"""
+    series_timeout_s: float | None = None
+    """take a series for ended, incomplete, when nothing came for so long in the middle of it"""
+    row_timeout_s: float = 1.0
+    """close open rows when nothing came for so long"""
+    threads: int | None = None
+
+
+def numbered(path: Path, count: int) -> Path:
+    """``path`` for the first series, ``path-2`` for the second, ..., before the suffix."""
+    return path if count <= 1 else path.with_name(f"{path.stem}-{count}{path.suffix}")
+
+
+def check_files(options: SessionOptions) -> None:
+    """Raise ``LiveptychoError`` for a recording or result that could not be written, before a scan depends on it."""
+    record, output = options.record, options.output
+    if record is not None and output is not None and record.absolute() == output.absolute():
+        raise ConfigurationError(f"recording and result would both be {record}; choose two names")
+    if record is not None and record.exists():
+        raise DataFileError(
+            f"{record} exists already; recordings are never overwritten: choose another name or move it"
+        )
+    for path in (record, output):
+        if path is None:
+            continue
+        if not path.name or path.is_dir():
+            raise DataFileError(f"cannot write {path}: it is a directory; name a file in it")
+        # Folders are made for a result; the nearest one that is there decides.
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise DataFileError(f"cannot write {path}: {parent} is not a folder that can be written to")
