@@ -60,9 +60,9 @@ class ReceivedBatch:
     def messages(self) -> Iterator[range]:
         """The part numbers of each message, in order of arrival."""
         first = 0
-        for stop in np.flatnonzero(self.last) + 1:
-            yield range(first, int(stop))
-            first = int(stop)
+        for stop in (np.flatnonzero(self.last) + 1).tolist():
+            yield range(first, stop)
+            first = stop
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,6 @@ class Accumulator:
         self._entry_row = xp.asarray(passband.row)
         self._turn = xp.exp(-2j * np.pi * xp.arange(passband.scan_shape[0]) / passband.scan_shape[0])
         self._places = tuple(xp.asarray(index) for index in passband.spectrum_indices())
-        self._shares = _balanced_shares(passband, self._threads)
         # BLAS threads would fight with ours and with the receiver's for the same cores.
         self._blas = ThreadpoolController()
 
@@ -107,23 +106,25 @@ class Accumulator:
         turns = sign * self._turns(rows)
         slots = xp.asarray(rows)
 
-        def contract(share: range) -> None:
-            parts = xp.empty((2 * count, weights.shape[1]), np.float32) if self.kernels.is_real else None
-            for i in share:
-                entries = slice(int(columns[i]), int(columns[i + 1]))
-                if parts is None:
-                    product = weights[entries] @ spectra[:, i].T
-                else:
-                    # A real kernel: the real and imaginary parts are two real rows, for half the multiplications.
-                    parts[:count], parts[count:] = spectra[:, i].real, spectra[:, i].imag
-                    both = weights[entries] @ parts.T
-                    product = both[:, :count] + 1j * both[:, count:]
-                if self._contracted is not None:
-                    self._contracted[slots, entries] = product.T
-                self._psi[entries] += (turns[self._entry_row[entries]] * product).sum(axis=1)
+        def contract(group: range) -> None:
+            # A whole group in one batched product: each call that takes the interpreter's lock may have to wait for it.
+            entries = slice(int(columns[group.start]), int(columns[group.stop]))
+            kernel = weights[entries].reshape(len(group), -1, weights.shape[1])
+            here = spectra[:, group.start : group.stop]
+            if self.kernels.is_real:
+                # A real kernel: the real and imaginary parts are two real rows, for half the multiplications.
+                parts = xp.empty((len(group), 2 * count, weights.shape[1]), np.float32)
+                parts[:, :count], parts[:, count:] = here.real.transpose(1, 0, 2), here.imag.transpose(1, 0, 2)
+                both = xp.matmul(kernel, parts.transpose(0, 2, 1)).reshape(-1, 2 * count)
+                product = both[:, :count] + 1j * both[:, count:]
+            else:
+                product = xp.matmul(kernel, here.transpose(1, 2, 0)).reshape(-1, count)
+            if self._contracted is not None:
+                self._contracted[slots, entries] = product.T
+            self._psi[entries] += (turns[self._entry_row[entries]] * product).sum(axis=1)
 
         with self._blas.limit(limits=1):
-            self._map(contract, self._shares)
+            self._map(contract, self.kernels.passband.groups)
 
     def _map(self, function: Callable[[Any], None], parts: Iterable[Any]) -> None:
         if self._threads == 1:
@@ -159,9 +160,3 @@ class Accumulator:
         # The mean is added afterwards: in single precision it would swamp the image.
         image = self._device.fft.ifft2(spectrum.reshape(ny, nx)) * np.float32(1 / mean_intensity)
         return self._device.to_host(image + np.float32(1)).astype(np.complex64, copy=False)
-
-
-def _balanced_shares(passband: Passband, shares: int) -> list[range]:
-    """Runs of qx bins with about the same number of entries each: a few a thread, so that a slow one is made up for."""
-    bounds = np.searchsorted(passband.columns, np.linspace(0, passband.entries, 4 * shares + 1 if shares > 1 else 2))
-    return [range(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]

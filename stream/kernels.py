@@ -109,12 +109,53 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+#: Columns are contracted together while their padding costs less than this share ...
+_MOST_PADDING = 0.06
+#: ... and there are not too many of them to be shared out among threads.
+_LARGEST_GROUP = 16
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The qy bins of one qx bin: direct and mirrored ones, and which direct ones their mirror image follows from."""
+
+    direct: np.ndarray
+    mirrored: np.ndarray
+    follows: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.direct) + len(self.mirrored)
+
+    def padded(self, count: int, allowed: np.ndarray) -> _Column:
+        """The same with ``count`` bins, the additional ones beyond the cutoff; ``allowed``: the bins there are."""
+        more = np.setdiff1d(allowed, self.direct)[: count - self.count]
+        direct = np.concatenate([self.direct, more])
+        still = np.setdiff1d(allowed, self.mirrored)[: count - len(direct) - len(self.mirrored)]
+        follows = np.concatenate([self.follows, np.zeros(len(more), bool)])
+        return _Column(direct, np.concatenate([self.mirrored, still]), follows)
+
+
+def _group(counts: list[int]) -> list[range]:
+    """Runs of columns that lose little when all are padded to the largest."""
+    groups = []
+    first = 0
+    for stop in range(1, len(counts) + 1):
+        wider = counts[first : stop + 1]
+        padding = len(wider) * max(wider) - sum(wider)
+        if stop == len(counts) or len(wider) > _LARGEST_GROUP or padding > _MOST_PADDING * sum(wider):
+            groups.append(range(first, stop))
+            first = stop
+    return groups
+
+
 @dataclass(frozen=True)
 class Passband:
     """The scan frequencies that are computed, column by column (qx bins of the rfft), as flat *entries*.
 
     ``columns[i] : columns[i + 1]`` are the entries of qx bin i; ``row`` int64 (entries,) is the qy bin of each.
     An entry is *direct*, Psi(q) = sum_k T(k;q) G(k,q), or *mirrored*, Psi(-q) = conj(sum_k conj(T(k;-q)) G(k,q)).
+    Some lie beyond the cutoff, where every kernel is 0, so that whole groups of columns have equally many.
     """
 
     scan_shape: tuple[int, int]
@@ -123,6 +164,8 @@ class Passband:
     mirrored: np.ndarray
     follows: np.ndarray
     """bool (entries,): Psi(-q) = -conj(Psi(q)) follows from this direct entry"""
+    groups: tuple[range, ...]
+    """runs of columns with equal numbers of entries, for which one batched matrix product does"""
 
     @classmethod
     def select(
@@ -131,7 +174,7 @@ class Passband:
         """All q != 0 with abs(q) < ``cutoff`` [1/Å]; ``scan_step`` (row, column) [Å]."""
         ny, nx = scan_shape
         qy, qx = np.fft.fftfreq(ny, scan_step[0]), np.fft.fftfreq(nx, scan_step[1])
-        columns, rows, mirrored, follows = [0], [], [], []
+        chosen = []
         for ix in range(nx // 2 + 1):
             inside = np.flatnonzero(np.hypot(qy, qx[ix]) < cutoff)
             if ix == 0:
@@ -143,13 +186,21 @@ class Passband:
             own_mirror = ix == 0 or 2 * ix == nx
             nyquist = 2 * inside == ny
             extra = inside[:0] if own_mirror else inside[nyquist] if antisymmetric else inside
-            rows += [inside, extra]
-            mirrored += [np.zeros(len(inside), bool), np.ones(len(extra), bool)]
             derived = np.full(len(inside), antisymmetric and not own_mirror) & ~nyquist
-            follows += [derived, np.zeros(len(extra), bool)]
-            columns.append(columns[-1] + len(inside) + len(extra))
+            chosen.append(_Column(inside, extra, derived))
+        groups = _group([column.count for column in chosen])
+        padded = []
+        for group in groups:
+            count = max(chosen[ix].count for ix in group)
+            # q = 0 is no entry: what belongs there is the sum of all counts.
+            padded += [chosen[ix].padded(count, np.arange(1 if ix == 0 else 0, ny)) for ix in group]
         return cls(
-            scan_shape, np.array(columns), np.concatenate(rows), np.concatenate(mirrored), np.concatenate(follows)
+            scan_shape,
+            np.cumsum([0, *(column.count for column in padded)]),
+            np.concatenate([part for column in padded for part in (column.direct, column.mirrored)]),
+            np.concatenate([np.arange(column.count) >= len(column.direct) for column in padded]),
+            np.concatenate([part for c in padded for part in (c.follows, np.zeros(len(c.mirrored), bool))]),
+            tuple(groups),
         )
 
     @property

@@ -92,7 +92,7 @@ class _Channel:
 
     def drain(self, slab: _Slab) -> tuple[int, int]:
         """Receive up to ``_DRAIN_PARTS`` parts without waiting; returns (parts received, messages too large)."""
-        receive, view = self.socket.recv_into, slab.view
+        receive, option, view = self.socket.recv_into, self.socket.get, slab.view
         received = too_large = 0
         while received < _DRAIN_PARTS and not slab.full:
             first, start, fits, more = len(slab.offsets), slab.end, True, True
@@ -104,7 +104,7 @@ class _Channel:
                 except zmq.Again:
                     return received, too_large
                 received += 1
-                more = bool(self.socket.rcvmore)
+                more = bool(option(zmq.RCVMORE))  # not as an attribute: its look-up costs more than the receiving
                 fits = fits and size <= room
                 slab.offsets.append(slab.end)
                 slab.lengths.append(size)

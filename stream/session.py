@@ -22,9 +22,9 @@ from typing import Any
 from detectors.errors import ConfigurationError, LiveptychoError
 from detectors.messages import Message
 from detectors.registry import protocol_named
-from stream import decode
 from stream.acquisition import Acquisition
 from stream.config import Layer
+from stream.decode import compile_ahead
 from stream.intake import Silence, messages
 from stream.publish import Publisher
 from stream.receiver import Receiver
@@ -73,7 +73,7 @@ class Session:
         options = self.options
         self._stack = AsyncExitStack()
         # The first run on a machine takes seconds here, later ones find the compiled code on disk.
-        await asyncio.to_thread(decode.compile_ahead)
+        await asyncio.to_thread(compile_ahead)
         try:
             self._receiver = await self._stack.enter_async_context(
                 Receiver(options.addresses, bind=options.bind, pattern=options.pattern)
@@ -219,22 +219,28 @@ class Session:
         """Snapshots while something changes, and once a second in any case."""
         last = 0.0
         while True:
-            started = time.monotonic()
+            started, cost_s = time.monotonic(), 0.0
             if self._acquisition.changed or started - last >= _SLOWEST_S:
-                await self._emit()
+                cost_s = await self._emit()
                 last = started
-            cost = time.monotonic() - started
-            rest = cost / _SNAPSHOT_SHARE if last == started else 0.0
-            await asyncio.sleep(min(max(_FASTEST_S, rest), _SLOWEST_S))
+            await asyncio.sleep(min(max(_FASTEST_S, cost_s / _SNAPSHOT_SHARE), _SLOWEST_S))
 
-    async def _emit(self) -> None:
+    async def _emit(self) -> float:
+        """Make and publish a snapshot; returns its cost in CPU seconds (on busy cores, wall time is mostly waiting)."""
         self._acquisition.changed = False
-        snapshot = await asyncio.to_thread(self._make_snapshot)
+        snapshot, part, cost_s = await asyncio.to_thread(self._packed_snapshot)
         async with self._fresh:
             self._snapshot = snapshot
             self._fresh.notify_all()
         if self._publisher is not None:
-            await self._publisher.send(await asyncio.to_thread(snapshot.pack))
+            await self._publisher.send(part)
+        return cost_s
+
+    def _packed_snapshot(self) -> tuple[Snapshot, bytes, float]:
+        began = time.thread_time()
+        snapshot = self._make_snapshot()
+        part = b"" if self._publisher is None else snapshot.pack()
+        return snapshot, part, time.thread_time() - began
 
     def _make_snapshot(self) -> Snapshot:
         port = None if self._publisher is None else self._publisher.control_port
