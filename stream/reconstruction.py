@@ -25,6 +25,7 @@ from stream.kernels import method_named
 from stream.optics import Aberrations, AxesRelation, Probe
 from stream.parameters import MeasuredDisk, Parameters, Resolution, load_pixel_mask
 from stream.result import Result
+from stream.setup import DETECTOR_PIXEL_BYTES
 from stream.snapshot import IMAGE_UNITS, Counters
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,6 @@ _BACKLOG_BYTES = 256 << 20
 
 #: More positions than any scan has; beyond, even planning the memory would take minutes.
 _MOST_POSITIONS = 1 << 26
-
-#: Host memory that a detector pixel takes: sums, tables and scratch of a decoding thread or two.
-_BYTES_PER_PIXEL = 80
 
 #: Settings that can be changed while scanning: they decide neither which pixels nor which positions are kept.
 CHANGEABLE = ("aberrations", "rotation_deg", "transpose", "method")
@@ -287,8 +285,8 @@ def _refuse_absurd(start: SeriesStart, scan_shape: tuple[int, int]) -> None:
             f"a scan of {scan_shape[0]}x{scan_shape[1]} positions is more than the {_MOST_POSITIONS} that can be "
             "reconstructed; check scan_shape"
         )
-    if _BYTES_PER_PIXEL * rows * columns > 0.5 * free:
+    if DETECTOR_PIXEL_BYTES * rows * columns > 0.5 * free:
         raise DoesNotFit(
-            f"a detector of {rows}x{columns} pixels needs about {_BYTES_PER_PIXEL * rows * columns / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free: bin the detector, or use a machine with more memory"
+            f"a detector of {rows}x{columns} pixels needs about {DETECTOR_PIXEL_BYTES * rows * columns / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free: bin the detector, or use a machine with more memory"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,13 @@ BATCH_ROWS = 16
 
 #: Open rows take at most about this much host memory (and never fewer rows than two batches).
 _OPEN_ROWS_BYTES = 256 << 20
+
+
+#: Sums, spectrum, object and two sets of images (the one being made, the one being looked at), per scan position.
+_POSITION_BYTES = 160
+
+#: Tables, sums and the scratch of two decoding threads, per detector pixel.
+DETECTOR_PIXEL_BYTES = 80
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,9 @@ class MemoryPlan:
             ring=ring_bytes(shape, pixels, dtype, setup.averaging),
             kernels=table_bytes(passband, pixels, is_real_kernel(setup.method, setup.probe)),
             contracted=contracted_bytes(passband) if setup.passes != 1 else 0,
-            work=BATCH_ROWS * (shape[1] * pixels * 4 + passband.column_count * pixels * 16) + shape[0] * shape[1] * 64,
+            work=BATCH_ROWS * (shape[1] * pixels * 4 + passband.column_count * pixels * 16)
+            + math.prod(shape) * _POSITION_BYTES
+            + math.prod(setup.geometry.shape) * DETECTOR_PIXEL_BYTES,
             open_rows=open_rows(setup) * shape[1] * (pixels * dtype.itemsize + 33),
         )
 
