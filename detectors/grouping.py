@@ -16,8 +16,8 @@ Group = tuple[int, Sequence[Payload]]
 _BATCH_MESSAGES = 512
 _BATCH_S = 5e-3
 
-#: A message is kept below this size, whatever was asked for: receivers need not take more than 128 MiB.
-_MESSAGE_BYTES = 32 << 20
+#: A message is kept below this size, whatever was asked for: ZeroMQ queues messages by their number.
+_MESSAGE_BYTES = 4 << 20
 
 
 def message_groups(

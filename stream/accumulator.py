@@ -78,6 +78,15 @@ class Accumulator:
             self._psi -= (self._turns(rows)[self._entry_row] * held.T).sum(axis=1)
         self._in_psi[rows] = False
 
+    def clear(self) -> None:
+        """Take every row out at once."""
+        self._psi[...] = 0
+        self._in_psi[:] = False
+
+    def missing(self) -> np.ndarray:
+        """The rows of the ring that are not in Psi (yet), int64."""
+        return np.flatnonzero(self._ring.acquired & ~self._in_psi)
+
     def _turns(self, rows: np.ndarray) -> Any:
         """exp(-2 pi i qy y / Ny) for every qy bin and the given rows: complex128 (Ny, rows)."""
         ny = len(self._turn)

@@ -6,6 +6,7 @@ counts (total, bright field, first moments) and add the frame to the mean patter
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 
@@ -69,6 +70,7 @@ class FrameDecoder:
         self._workers = [_Worker(pixels, detector_shape[1], dtype) for _ in range(threads)]
         self._executor = executor
         self._pattern = np.zeros(pixels, np.float64 if dtype.kind == "f" else np.uint64)
+        self._pattern_lock = threading.Lock()
         self.frames = 0
 
     def decode(self, block: FrameBlock, targets: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
@@ -91,6 +93,9 @@ class FrameDecoder:
         for job in jobs:
             job.result()
         self.frames += int(np.count_nonzero(status == OK))
+        for worker in self._workers:
+            if worker.frames >= _FLUSH_FRAMES // 2:
+                self._flush(worker)
         return status
 
     def _share(
@@ -119,27 +124,28 @@ class FrameDecoder:
             status[part],
         )
         worker.frames += part.stop - part.start
-        if worker.frames >= _FLUSH_FRAMES // 2:
-            self._flush(worker)
 
     def _flush(self, worker: _Worker) -> None:
-        self._pattern += worker.pattern.astype(self._pattern.dtype)
-        worker.pattern[:] = 0
-        worker.frames = 0
+        with self._pattern_lock:
+            self._pattern += worker.pattern.astype(self._pattern.dtype)
+            worker.pattern[:] = 0
+            worker.frames = 0
 
     def forget(self) -> None:
         """Begin the mean pattern anew."""
-        for worker in self._workers:
-            worker.pattern[:] = 0
-        self._pattern[:] = 0
-        self.frames = 0
+        with self._pattern_lock:
+            for worker in self._workers:
+                worker.pattern[:] = 0
+            self._pattern[:] = 0
+            self.frames = 0
 
     def mean_pattern(self) -> np.ndarray:
         """Mean of all sound frames so far, float64 ``detector_shape`` [counts/frame]; zeros before the first.
 
         Taken while another thread decodes, it may miss the frames being added at that moment.
         """
-        total = self._pattern.astype(np.float64)
-        for worker in self._workers:
-            total += worker.pattern
+        with self._pattern_lock:
+            total = self._pattern.astype(np.float64)
+            for worker in self._workers:
+                total += worker.pattern
         return (total / max(1, self.frames)).reshape(self.detector_shape)

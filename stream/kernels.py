@@ -24,7 +24,7 @@ OVERLAP_THRESHOLD = 1e-3
 
 #: Matrix elements that are computed at a time (CPU, GPU): small enough for a core's cache, large enough for a GPU. One
 #: thread at 2^14 beat every two-thread variant: temporaries of other sizes cost page faults, and small ones the GIL.
-_BLOCK_ELEMENTS = {False: 1 << 14, True: 1 << 24}
+_BLOCK_ELEMENTS = {False: 1 << 14, True: 1 << 21}
 
 
 def overlap_function(probe: Probe, k: tuple[Any, Any], q: tuple[Any, Any]) -> Any:
@@ -122,28 +122,39 @@ class _Column:
     direct: np.ndarray
     mirrored: np.ndarray
     follows: np.ndarray
+    pads: bool
 
     @property
     def count(self) -> int:
         return len(self.direct) + len(self.mirrored)
 
-    def padded(self, count: int, allowed: np.ndarray) -> _Column:
-        """The same with ``count`` bins, the additional ones beyond the cutoff; ``allowed``: the bins there are."""
-        more = np.setdiff1d(allowed, self.direct)[: count - self.count]
-        direct = np.concatenate([self.direct, more])
-        still = np.setdiff1d(allowed, self.mirrored)[: count - len(direct) - len(self.mirrored)]
+    def beyond(self, ny: int) -> np.ndarray:
+        """The qy bins beyond the cutoff; none where the mirror image is in the same column."""
+        return np.setdiff1d(np.arange(ny), self.direct) if self.pads else self.direct[:0]
+
+    def most(self, ny: int) -> int:
+        """How many bins it can be padded to."""
+        return self.count + 2 * len(self.beyond(ny))
+
+    def padded(self, count: int, ny: int) -> _Column:
+        """The same with ``count`` bins, the additional ones beyond the cutoff."""
+        beyond = self.beyond(ny)
+        more = beyond[: count - self.count]
+        still = beyond[: count - self.count - len(more)]
         follows = np.concatenate([self.follows, np.zeros(len(more), bool)])
-        return _Column(direct, np.concatenate([self.mirrored, still]), follows)
+        return _Column(np.concatenate([self.direct, more]), np.concatenate([self.mirrored, still]), follows, self.pads)
 
 
-def _group(counts: list[int]) -> list[range]:
+def _group(chosen: list[_Column], ny: int) -> list[range]:
     """Runs of columns that lose little when all are padded to the largest."""
     groups = []
     first = 0
-    for stop in range(1, len(counts) + 1):
-        wider = counts[first : stop + 1]
-        padding = len(wider) * max(wider) - sum(wider)
-        if stop == len(counts) or len(wider) > _LARGEST_GROUP or padding > _MOST_PADDING * sum(wider):
+    for stop in range(1, len(chosen) + 1):
+        wider = chosen[first : stop + 1]
+        counts = [column.count for column in wider]
+        padding = len(wider) * max(counts) - sum(counts)
+        fits = max(counts) <= min(column.most(ny) for column in wider) and padding <= _MOST_PADDING * sum(counts)
+        if stop == len(chosen) or len(wider) > _LARGEST_GROUP or not fits:
             groups.append(range(first, stop))
             first = stop
     return groups
@@ -187,13 +198,12 @@ class Passband:
             nyquist = 2 * inside == ny
             extra = inside[:0] if own_mirror else inside[nyquist] if antisymmetric else inside
             derived = np.full(len(inside), antisymmetric and not own_mirror) & ~nyquist
-            chosen.append(_Column(inside, extra, derived))
-        groups = _group([column.count for column in chosen])
+            chosen.append(_Column(inside, extra, derived, pads=not own_mirror))
+        groups = _group(chosen, ny)
         padded = []
         for group in groups:
             count = max(chosen[ix].count for ix in group)
-            # q = 0 is no entry: what belongs there is the sum of all counts.
-            padded += [chosen[ix].padded(count, np.arange(1 if ix == 0 else 0, ny)) for ix in group]
+            padded += [chosen[ix].padded(count, ny) for ix in group]
         return cls(
             scan_shape,
             np.cumsum([0, *(column.count for column in padded)]),

@@ -42,7 +42,7 @@ class Publisher:
         self._context = zmq.asyncio.Context()
         try:
             # Newest wins: a slow viewer sees the latest snapshot, never a queue of old ones.
-            self._images = self._bind(zmq.PUB, self._address, {zmq.CONFLATE: 1, zmq.LINGER: 0})
+            self._images = self._bind(zmq.PUB, self._address, {zmq.CONFLATE: 1, zmq.LINGER: 200})
             self.endpoint = self._images.getsockopt_string(zmq.LAST_ENDPOINT)
             port = int(self.endpoint.rpartition(":")[2])
             host = self._address.rpartition(":")[0]

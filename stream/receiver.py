@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 128 << 20
 
 #: A slab is full beyond so many parts or bytes; what was measured to be enough for full speed at 2 kB a message.
-_FULL_PARTS = 4096
+_FULL_PARTS = 1024
 _FULL_BYTES = 64 << 20
 
 #: Parts received in one go before other tasks get their turn: about a millisecond's worth.
@@ -36,8 +36,9 @@ _DRAIN_PARTS = 512
 #: ZeroMQ's wake-ups are edge triggered; should one ever be missed, this is how long it takes to notice [s].
 _SAFETY_NET_S = 0.05
 
-#: Messages that ZeroMQ queues for a socket, on top of the slabs.
-_HIGH_WATER_MARK = 4096
+#: Messages that ZeroMQ queues for a socket, on top of the slabs. It counts messages and not bytes, and changing it while
+#: messages flow can stop them: enough for bursts of small messages, bearable with messages of megabytes.
+_HIGH_WATER_MARK = 1024
 
 PATTERNS = {"pull": zmq.PULL, "sub": zmq.SUB}
 

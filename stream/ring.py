@@ -14,10 +14,10 @@ from stream.array import Device
 
 
 def ring_dtype(dtype: np.dtype, averaging: bool) -> np.dtype:
-    """Counts are kept as they came; sums over passes need room for 65,537 passes of 16-bit counts."""
+    """Counts are kept as they came; sums over passes need room for 65,537 passes of 16-bit counts, or exact doubles."""
     if not averaging:
         return dtype
-    return np.dtype("f4") if dtype.kind == "f" else np.dtype("u4")
+    return np.dtype("u4") if dtype.itemsize < 4 else np.dtype("f8")
 
 
 def ring_bytes(scan_shape: tuple[int, int], pixels: int, dtype: np.dtype, averaging: bool) -> int:

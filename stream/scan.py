@@ -70,12 +70,12 @@ class ScanPattern:
 
     def positions_in(self, frames: int) -> int:
         """How many of the frames 0 ... ``frames`` - 1 belong to a position."""
-
-        def count(first_frames: int) -> int:
-            return int(np.count_nonzero(self.locate(np.arange(first_frames))[1] >= 0))
-
         passes, rest = divmod(frames, self.frames_per_pass)
-        return passes * count(self.frames_per_pass) + count(rest)
+        if self.positions is not None:
+            return passes * int(self.scanned.sum()) + int(np.count_nonzero((self.positions[:rest] >= 0).all(axis=1)))
+        rows, frames_in_row = divmod(rest, self.shape[1] + self.flyback_frames_per_row)
+        begun = min(frames_in_row, self.shape[1]) if rows < self.shape[0] else 0
+        return (passes * self.shape[0] + min(rows, self.shape[0])) * self.shape[1] + begun
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(pass, row, column) of each frame index, int64 arrays; row and column are -1 for a frame without position."""
