@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 
-from detectors.errors import ConnectionFailed, LiveptychoError
-from detectors.messages import FrameBlock, Message, SeriesEnd, SeriesStart, Undecodable
+from detectors.errors import ConnectionFailed, DataFileError, LiveptychoError
+from detectors.messages import FrameBlock, Message, SeriesEnd, SeriesId, SeriesStart, Undecodable
 from stream.array import choose_device
 from stream.intake import Orphans, Silence
 from stream.reconstruction import Reconstruction
 from stream.recording import Recorder
 from stream.result import Result
 from stream.session_options import SessionOptions, numbered
+from stream.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +55,15 @@ class Acquisition:
         self._orphans = Orphans()
         self._unread: deque[tuple[int, str]] = deque(maxlen=1000)
         self._refused: SeriesStart | None = None
+        self._recording_only: LiveptychoError | None = None
+        self._dropped = 0
         self._series_count = 0
         self._ending = False
+
+    @property
+    def unclaimed(self) -> int:
+        """Frames that belonged to no series in progress, and were dropped."""
+        return self._dropped + self._orphans.lost
 
     def set_state(self, state: str, message: str) -> None:
         """Enter a state (see ``Snapshot``), with a sentence for the user."""
@@ -84,7 +95,7 @@ class Acquisition:
 
     async def _start(self, start: SeriesStart) -> bool:
         # Publishers repeat their start for those who come late; one that was refused is refused until it differs.
-        underway = self.active and self.run is not None and start.series == self.run.start.series
+        underway = self.active and self.run is not None and start.header == self.run.start.header
         if underway or (self._refused is not None and start.header == self._refused.header):
             return False
         ended = False
@@ -100,18 +111,22 @@ class Acquisition:
         try:
             if options.record is not None:
                 path = numbered(options.record, self._series_count)
-                self._recorder = Recorder(path, start, options.protocol, version("liveptycho"))
-            self.run = Reconstruction(
-                start,
-                options.layers,
-                self._device,
-                source=f"series {start.series} from {', '.join(options.addresses)}",
-                passes=options.passes,
-                threads=options.threads,
+                make = partial(Recorder, path, start, options.protocol, version("liveptycho"))
+                (self._recorder,) = await in_threads(make)
+            (self.run,) = await in_threads(
+                partial(
+                    Reconstruction,
+                    start,
+                    options.layers,
+                    self._device,
+                    source=f"series {start.series} from {', '.join(options.addresses)}",
+                    passes=options.passes,
+                    threads=options.threads,
+                )
             )
             self.set_state("calibrating", f"series {start.series}: making ready")
             if not self.run.needs_disk:
-                await asyncio.to_thread(self.run.prepare)
+                await in_threads(self.run.prepare)
         except LiveptychoError as error:
             return self._give_up(error, start)
         for frames, reason in self._unread:
@@ -125,12 +140,38 @@ class Acquisition:
 
     def _give_up(self, error: LiveptychoError, start: SeriesStart | None = None) -> bool:
         """This series cannot be reconstructed: the session's end, unless it waits for others."""
+        if start is None and self.run is not None:
+            start = self.run.start
+        self._refused = start
+        self.set_state("failed", str(error))
+        if self._recorder is not None and not isinstance(error, DataFileError) and self._recorder.start is start:
+            # The scan may never come again: it is recorded to its end, and the error told then.
+            logger.error("%s; recording goes on", error)
+            self.message += "; recording goes on"
+            self._recording_only = error
+            return False
+        self._close_recorder()
         if not self.options.follow:
             raise error
-        self._refused = self.run.start if start is None and self.run is not None else start
-        self._close_recorder()
         logger.error("%s", error)
-        self.set_state("failed", str(error))
+        return False
+
+    def _only_records(self, series: SeriesId) -> bool:
+        recorder = self._recorder
+        return self._recording_only is not None and recorder is not None and recorder.start.series == series
+
+    async def _end_recording(self, end: SeriesEnd | None) -> bool:
+        """The end of a series that could only be recorded."""
+        error, recorder = self._recording_only, self._recorder
+        assert error is not None
+        assert recorder is not None
+        await in_threads(
+            partial(recorder.end, end),
+        )
+        await in_threads(self._close_recorder)
+        self._recording_only = None
+        if not self.options.follow:
+            raise error
         return False
 
     @property
@@ -140,22 +181,27 @@ class Acquisition:
 
     async def _frames(self, block: FrameBlock) -> bool:
         run = self.run
+        if self._only_records(block.series):
+            assert self._recorder is not None
+            self.rate.count(len(block), int(block.sizes.sum()))
+            await in_threads(partial(self._recorder.write, block))
+            return False
         if not self.active or run is None or block.series != run.start.series:
             refused = self._refused is not None and block.series == self._refused.series
-            if not refused and (run is None or block.series != run.start.series):
+            if refused or (run is not None and block.series == run.start.series):
+                self._dropped += len(block)
+            else:
                 self._orphans.keep(block)
                 self.message = f"frames of series {block.series} arrive, but its start message did not come (yet)"
+            self.changed = True
             return False
         self.rate.count(len(block), int(block.sizes.sum()))
         try:
             # Recording and decoding read the same memory at the same time; both must be done before it is reused.
-            work = [asyncio.to_thread(run.add, block)]
+            work: list[Callable[[], object]] = [partial(run.add, block)]
             if self._recorder is not None:
-                work.append(asyncio.to_thread(self._recorder.write, block))
-            outcomes = await asyncio.gather(*work, return_exceptions=True)
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException):
-                    raise outcome
+                work.append(partial(self._recorder.write, block))
+            await in_threads(*work)
         except LiveptychoError as error:
             return self._give_up(error)
         if run.engine is not None and self.state == "calibrating":
@@ -183,7 +229,7 @@ class Acquisition:
         if seconds >= _SILENT_S and self.link == "receiving":
             self.link, self.changed = "silent", True
             if self._recorder is not None:
-                await asyncio.to_thread(self._recorder.flush)  # it is not asked to write until frames come again
+                await in_threads(self._recorder.flush)  # it is not asked to write until frames come again
         if self.active and self.run is not None:
             if self._ending and seconds >= _GRACE_S:
                 await self.finish("")
@@ -191,6 +237,8 @@ class Acquisition:
             if seconds >= self.options.row_timeout_s and self.run.engine is not None:
                 self.run.engine.close_rows()
                 self.rows.set()
+        if self._recording_only is not None and seconds >= (self.options.series_timeout_s or math.inf):
+            return await self._end_recording(None)
         timeout = self.options.series_timeout_s if self.active else self.options.timeout_s
         if not self.active and not self._series_count and seconds >= _ADVICE_S:
             self.message = self._nobody_there(seconds)
@@ -217,10 +265,12 @@ class Acquisition:
 
     async def _end(self, end: SeriesEnd) -> bool:
         run = self.run
+        if self._only_records(end.series):
+            return await self._end_recording(end)
         if not self.active or run is None or end.series != run.start.series:
             return False
         if self._recorder is not None:
-            await asyncio.to_thread(self._recorder.end, end)
+            await in_threads(partial(self._recorder.end, end))
         expected = run.start.frames
         if len(self.options.addresses) > 1 and (expected is None or run.counters.received < expected):
             self._ending = True  # the other sockets may still hold frames
@@ -236,14 +286,15 @@ class Acquisition:
         if incomplete:
             logger.warning("series %s: %s", run.start.series, incomplete)
         try:
-            await asyncio.to_thread(run.finish)
-            self.result = await asyncio.to_thread(run.result)
+            await in_threads(run.finish)
+            (self.result,) = await in_threads(run.result)
             await self.save()
         except LiveptychoError as error:
             self._give_up(error)
             return
         finally:
-            self._close_recorder()
+            if self._recorder is not None:
+                await in_threads(self._close_recorder)
         counters = run.counters
         if not counters.received:
             self.incomplete = incomplete = incomplete or "it ended before any frame came"
@@ -253,7 +304,7 @@ class Acquisition:
     async def save(self) -> None:
         """Write the result where the options say, if they do. Raises ``DataFileError``."""
         if self.result is not None and self.options.output is not None:
-            await asyncio.to_thread(self.result.save, numbered(self.options.output, self._series_count))
+            await in_threads(partial(self.result.save, numbered(self.options.output, self._series_count)))
 
     def _close_recorder(self) -> None:
         if self._recorder is not None:

@@ -35,7 +35,7 @@ async def check_address(
 ) -> list[Finding]:
     """Listen at ``address`` for up to ``timeout_s`` seconds and say what came. Raises ``LiveptychoError`` only for an
     unknown protocol or pattern."""
-    decoder = protocol_named(protocol).decoder()
+    decoder = protocol_named(protocol).decoder
     findings = []
     if not bind:
         reach = await _reach(address, min(timeout_s, 3.0))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from detectors.errors import DoesNotFit
 from detectors.messages import FrameBlock
 from stream.accumulator import Accumulator
 from stream.array import Device
@@ -24,7 +25,7 @@ from stream.kernels import KernelTable, Method
 from stream.optics import Probe
 from stream.ring import RowRing
 from stream.setup import BATCH_ROWS, MemoryPlan, Setup, open_rows
-from stream.snapshot import Counters
+from stream.snapshot import IMAGE_UNITS, Counters
 from stream.unpack import BRIGHT_FIELD, MOMENT_COLUMN, MOMENT_ROW, REASONS, TOTAL
 
 
@@ -68,7 +69,11 @@ class Engine:
         self._rows_lock = threading.Lock()
         self._compute_lock = threading.RLock()
         self._ring = RowRing(shape, pixels, setup.dtype, device, setup.averaging)
-        self._accumulator = self._make_accumulator(setup.make_kernels(device))
+        self._accumulator: Accumulator | None = self._make_accumulator(setup.make_kernels(device))
+        self._coming: Accumulator | None = None
+        """the accumulator of the optics that are being changed to"""
+        self._changing = threading.Lock()
+        self._last_view: View | None = None
         self._sums = np.zeros((*shape, 4), np.float64)
         self._received = self._accepted = self._outside = self._duplicate = self._late = self._undecodable = 0
         self._missing_before = 0
@@ -211,10 +216,12 @@ class Engine:
             if not batch:
                 return 0
             rows = np.array([item.row for item in batch])
-            self._accumulator.remove(rows)
+            if (current := self._accumulator or self._coming) is not None:
+                current.remove(rows)
             for item in batch:
                 self._commit(item)
-            self._accumulator.add(rows)
+            if self._accumulator is not None:  # else the optics are being changed, and whoever does it adds them
+                self._accumulator.add(rows)
             with self._rows_lock:
                 for item in batch:
                     self._assembler.release(item.slot)
@@ -249,20 +256,39 @@ class Engine:
             raise ValueError("energy and semi-angle cannot be changed while scanning")
         setup = replace(self.setup, probe=probe, method=method)
         plan = MemoryPlan.of(setup)
+        plan.check(self.device, held=self.plan)
+        with self._changing:
+            before = self.setup, self.plan
+            try:
+                self._contract_anew(setup, plan)
+            except Exception as error:
+                # The scan must not be lost with it: back to what could be done before.
+                self._contract_anew(*before)
+                raise DoesNotFit(f"the new optics could not be applied ({error}); the old ones are kept") from error
+
+    def _contract_anew(self, setup: Setup, plan: MemoryPlan) -> None:
         with self._compute_lock:
-            plan.check(self.device, held=self.plan)
-            # The old kernels go before the new ones come: both together were not planned for.
-            del self._accumulator
+            self._last_view = self.view(IMAGE_UNITS) if self._accumulator is not None else self._last_view
+            # The old kernels go before the new ones come: both together were not planned for. Meanwhile rows go on
+            # into the ring, and viewers see what there was.
+            self._accumulator = None
             self.setup, self.plan = setup, plan
-            self._accumulator = self._make_accumulator(setup.make_kernels(self.device))
-            rows = np.flatnonzero(self._ring.acquired)
-            for start in range(0, len(rows), BATCH_ROWS):
-                self._accumulator.add(rows[start : start + BATCH_ROWS])
+        self._coming = coming = self._make_accumulator(setup.make_kernels(self.device))
+        while True:
+            with self._compute_lock:
+                rows = coming.missing()[:BATCH_ROWS]
+                if len(rows) == 0:
+                    self._accumulator, self._coming, self._last_view = coming, None, None
+                    return
+                coming.add(rows)
 
     def reset(self) -> None:
         """Forget every row and the mean pattern; counters stay. Rows to come are shown as they come."""
         with self._compute_lock:
-            self._accumulator.remove(np.flatnonzero(self._ring.acquired))
+            if (current := self._accumulator or self._coming) is not None:
+                current.clear()
+            self._last_view = None
+            self._missing_before += sum(map(self._missing_in, np.flatnonzero(self._ring.acquired).tolist()))
             self._ring.pass_of_row[:] = -1
             self._ring.frames[:] = 0
             self._passes_of_row[:] = 0
@@ -298,7 +324,7 @@ class Engine:
         """The complex object, complex64 scan shape; ones before the first row. See ``Accumulator.object``."""
         with self._compute_lock:
             mean_intensity = self._mean_intensity()
-            if mean_intensity is None:
+            if mean_intensity is None or self._accumulator is None:
                 return np.ones(self.setup.scan.shape, np.complex64)
             return self._accumulator.object(mean_intensity)
 
@@ -316,6 +342,8 @@ class Engine:
     def view(self, names: Iterable[str]) -> View:
         """Images (see ``images``) together with what they show, all of one moment; no images before the first row."""
         with self._compute_lock:
+            if self._accumulator is None and self._last_view is not None:
+                return replace(self._last_view, last_row=self.last_row, counters=self.counters)
             rows, last_row, counters = int(self.rows_acquired.sum()), self.last_row, self.counters
             return View({} if rows == 0 else self.images(names), rows, last_row, counters)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from detectors.messages import FrameBlock, Message, SeriesId, SeriesStart, StreamDecoder, Undecodable
@@ -21,12 +21,13 @@ class Silence:
 
 
 async def messages(
-    receiver: Receiver, decoder: StreamDecoder, tick_s: float = 0.25
+    receiver: Receiver, make_decoder: Callable[[], StreamDecoder], tick_s: float = 0.25
 ) -> AsyncGenerator[Message | Silence]:
     """Everything that arrives, in order; a ``Silence`` every ``tick_s`` while nothing does.
 
     A block of frames points into the receiver's memory: it must not be used any more once the next item is asked for.
     """
+    decoders = [make_decoder() for _ in receiver.endpoints]
     silent = 0.0
     too_large = 0
     while True:
@@ -43,7 +44,8 @@ async def messages(
             continue
         silent = 0.0
         try:
-            for message in decoder.feed(lease.batch):
+            # A protocol may remember earlier parts: each socket is a stream of its own.
+            for message in decoders[lease.batch.socket_index].feed(lease.batch):
                 yield message
         finally:
             lease.release()

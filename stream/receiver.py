@@ -36,8 +36,8 @@ _DRAIN_PARTS = 512
 #: ZeroMQ's wake-ups are edge triggered; should one ever be missed, this is how long it takes to notice [s].
 _SAFETY_NET_S = 0.05
 
-#: Messages that ZeroMQ queues for a socket, on top of the slabs. It counts messages and not bytes, and changing it while
-#: messages flow can stop them: enough for bursts of small messages, bearable with messages of megabytes.
+#: Messages that ZeroMQ queues for a socket, on top of the slabs. It counts messages and not bytes, and changing it
+#: while messages flow can stop them: enough for bursts of small messages, bearable with messages of megabytes.
 _HIGH_WATER_MARK = 1024
 
 PATTERNS = {"pull": zmq.PULL, "sub": zmq.SUB}

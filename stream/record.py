@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from detectors.registry import protocol_named
 from stream.intake import Orphans, Silence, messages
 from stream.receiver import Receiver
 from stream.recording import Recorder
+from stream.threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,21 @@ async def record_stream(
     async with Receiver(addresses, bind=bind, pattern=pattern) as receiver:
         if ready is not None:
             ready(receiver.endpoints)
-        stream = messages(receiver, protocol_named(protocol).decoder())
+        stream = messages(receiver, protocol_named(protocol).decoder)
         try:
             async for item in stream:
                 if isinstance(item, SeriesStart) and recorder is None:
                     start = item
                     recorder = Recorder(path, start, protocol, version("liveptycho"))
                     for block in orphans.claim(start):
-                        await asyncio.to_thread(recorder.write, block)
+                        await in_threads(partial(recorder.write, block))
                 elif isinstance(item, SeriesStart) and start is not None and item.series != start.series:
                     return Recorded(recorder.frames if recorder else 0, f"series {item.series} began before its end")
                 elif isinstance(item, FrameBlock):
                     if recorder is None or start is None or item.series != start.series:
                         orphans.keep(item)
                         continue
-                    await asyncio.to_thread(recorder.write, item)
+                    await in_threads(partial(recorder.write, item))
                     if progress is not None:
                         progress(recorder.frames, start.frames)
                 elif isinstance(item, Undecodable) and recorder is not None:
@@ -78,7 +79,7 @@ async def record_stream(
                     and start is not None
                     and item.series == start.series
                 ):
-                    await asyncio.to_thread(recorder.end, item)
+                    await in_threads(partial(recorder.end, item))
                     missing = 0 if start.frames is None else start.frames - recorder.frames
                     return Recorded(
                         recorder.frames, f"{missing} of {start.frames} frames did not come" if missing > 0 else ""

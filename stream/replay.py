@@ -60,7 +60,8 @@ async def _send(
 ) -> int:
     encoder = protocol_named(recording.protocol).encoder()
     series = recording.start.series
-    await wire.send(list(recording.start.header) or encoder.start(recording.start))
+    announced = encoder.start(recording.start)  # also where the recorded one is sent: encoders remember shape and type
+    await wire.send(list(recording.start.header) or announced)
     loop = asyncio.get_running_loop()
     began, first_ns = loop.time(), None
     sent = 0

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from stream.acquisition import Acquisition
-from stream.snapshot import IMAGE_UNITS, Snapshot
+from stream.snapshot import IMAGE_UNITS, Counters, Snapshot
 
 
 def fill_snapshot(blank: Snapshot, acquisition: Acquisition) -> Snapshot:
@@ -14,13 +14,13 @@ def fill_snapshot(blank: Snapshot, acquisition: Acquisition) -> Snapshot:
     snapshot = replace(blank, state=acquisition.state, message=acquisition.message, link=acquisition.link)
     run = acquisition.run
     if run is None:
-        return snapshot
+        return replace(snapshot, counters=Counters(unclaimed=acquisition.unclaimed))
     frames_per_s, bytes_per_s = acquisition.rate.now()
     snapshot = replace(
         snapshot,
         series=run.start.series,
         detector_shape=run.start.detector_shape,
-        counters=run.counters,
+        counters=replace(run.counters, unclaimed=acquisition.unclaimed),
         frames_per_s=frames_per_s,
         megabytes_per_s=bytes_per_s / 1e6,
     )
@@ -39,7 +39,7 @@ def fill_snapshot(blank: Snapshot, acquisition: Acquisition) -> Snapshot:
         passes_done=engine.passes_done,
         scan_row=None if view.last_row is None else view.last_row.row,
         rows_acquired=view.rows_acquired,
-        counters=view.counters,
+        counters=replace(view.counters, unclaimed=acquisition.unclaimed),
         scan_shape=engine.setup.scan.shape,
         scan_step_angstrom=engine.setup.scan_step,
         detector_pixel_mrad=value["detector_pixel_mrad"],

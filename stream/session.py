@@ -16,10 +16,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-from detectors.errors import ConfigurationError, LiveptychoError
+from detectors.errors import ConfigurationError
 from detectors.messages import Message
 from detectors.registry import protocol_named
 from stream.acquisition import Acquisition
@@ -33,6 +34,7 @@ from stream.report import fill_snapshot
 from stream.result import Result
 from stream.session_options import SessionOptions, check_files
 from stream.snapshot import Snapshot
+from stream.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ _FASTEST_S = 1 / 30
 _SNAPSHOT_SHARE = 0.25
 #: ... and at most so far apart [s]: a viewer takes a longer silence for the session's end.
 _SLOWEST_S = 1.0
+#: Leaving a session waits at most so long for its series to be finished and saved [s].
+_FINISH_S = 60.0
 
 
 class Session:
@@ -61,6 +65,7 @@ class Session:
         self._protocol = protocol_named(options.protocol)
         self._acquisition = Acquisition(options)
         self._changes: dict[str, Any] = {}
+        self._change_lock = asyncio.Lock()
         self._id = uuid.uuid4().hex[:12]
         self._stop = asyncio.Event()
         self._snapshot = Snapshot(self._id, 0, time.time(), self._acquisition.state, self._acquisition.message)
@@ -93,6 +98,9 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        if error is None:
+            # Left in peace: what came so far is finished and saved.
+            await asyncio.wait([self._task], timeout=_FINISH_S)
         if not self._task.done():
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
@@ -165,7 +173,7 @@ class Session:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(None if math.isinf(self.options.linger_s) else self.options.linger_s):
                         await self._stop.wait()
-        except LiveptychoError as error:
+        except Exception as error:
             self._acquisition.set_state("failed", str(error))
             raise
         finally:
@@ -173,16 +181,18 @@ class Session:
                 task.cancel()
             await asyncio.gather(intake, *helpers, return_exceptions=True)
             self._acquisition.close()
-            await self._emit()
-            async with self._fresh:
-                self._over = True
-                self._fresh.notify_all()
+            try:
+                await self._emit()
+            finally:  # whatever happened, nobody must wait for more snapshots
+                async with self._fresh:
+                    self._over = True
+                    self._fresh.notify_all()
 
     async def _intake(self) -> None:
         """Take messages until the last series has ended."""
         acquisition = self._acquisition
         stopped = asyncio.create_task(self._stop.wait())
-        stream = messages(self._receiver, self._protocol.decoder())
+        stream = messages(self._receiver, self._protocol.decoder)
         following: asyncio.Future[Message | Silence] | None = None
         try:
             while not self._stop.is_set():
@@ -210,7 +220,7 @@ class Session:
         while True:
             await acquisition.rows.wait()
             acquisition.rows.clear()
-            while (run := acquisition.run) is not None and await asyncio.to_thread(run.accumulate) > 0:
+            while (run := acquisition.run) is not None and (await in_threads(run.accumulate))[0] > 0:
                 acquisition.changed = True
 
     # snapshots
@@ -228,7 +238,7 @@ class Session:
     async def _emit(self) -> float:
         """Make and publish a snapshot; returns its cost in CPU seconds (on busy cores, wall time is mostly waiting)."""
         self._acquisition.changed = False
-        snapshot, part, cost_s = await asyncio.to_thread(self._packed_snapshot)
+        ((snapshot, part, cost_s),) = await in_threads(self._packed_snapshot)
         async with self._fresh:
             self._snapshot = snapshot
             self._fresh.notify_all()
@@ -259,16 +269,20 @@ class Session:
             raise ConfigurationError(
                 f"{', '.join(sorted(unknown))} cannot be changed while scanning; {', '.join(CHANGEABLE)} can"
             )
+        async with self._change_lock:
+            await self._apply(settings)
+
+    async def _apply(self, settings: dict[str, Any]) -> None:
         acquisition = self._acquisition
         changes = {**self._changes, **settings}
         layers = [Layer.of("control", changes), *acquisition.options.layers[1 if self._changes else 0 :]]
         if acquisition.run is not None:
-            await asyncio.to_thread(acquisition.run.change, settings)
+            await in_threads(partial(acquisition.run.change, settings))
         # Series to come begin with what was changed last.
         acquisition.options = replace(acquisition.options, layers=layers)
         self._changes = changes
         if acquisition.result is not None and not acquisition.active and acquisition.run is not None:
-            acquisition.result = await asyncio.to_thread(acquisition.run.result)
+            (acquisition.result,) = await in_threads(acquisition.run.result)
             await acquisition.save()
         acquisition.changed = True
 

@@ -56,6 +56,8 @@ class Counters:
     undecodable: int = 0
     outside: int = 0
     """flyback frames and frames beyond the announced scan"""
+    unclaimed: int = 0
+    """frames of no series in progress: their start never came, was refused, or its end had come"""
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)

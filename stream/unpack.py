@@ -252,7 +252,7 @@ def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_su
                 or _lz4_decompress(_address(slab, at), _address(frame_bytes, 0), size, nbytes) != nbytes
             ):
                 return DAMAGED
-        else:
+        else:  # raw: FrameDecoder takes no other encoding
             if size != nbytes:
                 return WRONG_SIZE
             frame_bytes[:] = slab[at : at + size]

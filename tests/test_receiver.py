@@ -224,7 +224,7 @@ async def test_messages_that_are_too_large_are_counted(monkeypatch: pytest.Monke
 async def test_a_message_that_is_too_large_is_told_to_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiver_module, "MAX_MESSAGE_BYTES", 1000)
     async with PlainSender() as sender, Receiver([sender.endpoint]) as receiver:
-        stream = messages(receiver, NativeDecoder(), tick_s=0.05)
+        stream = messages(receiver, NativeDecoder, tick_s=0.05)
         await sender.raw(b"x" * 2000)
         item = await patiently(anext(stream))
         while isinstance(item, Silence):

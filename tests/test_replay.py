@@ -60,7 +60,7 @@ async def heard(endpoint: str) -> list[Any]:
     """Every message until the end; blocks with payloads of their own."""
     out: list[Any] = []
     async with Receiver([endpoint]) as receiver:
-        stream = messages(receiver, NativeDecoder())
+        stream = messages(receiver, NativeDecoder)
         async with contextlib.aclosing(stream):
             async for item in stream:
                 if not isinstance(item, Silence):

@@ -173,7 +173,7 @@ def status_line(snapshot: Snapshot) -> Text:
         if snapshot.latency_ms is not None:
             line.append(f", {snapshot.latency_ms:.0f} ms")
     counters = snapshot.counters
-    for name in ("missing", "duplicate", "late", "undecodable", "outside"):
+    for name in ("missing", "duplicate", "late", "undecodable", "outside", "unclaimed"):
         if count := getattr(counters, name):
             line.append(f", {name} {count}", style="yellow")
     if snapshot.message:

@@ -53,7 +53,10 @@ def simulate(
     pub: Annotated[
         bool, typer.Option("--pub", help="PUB instead of PUSH: several receivers, each gets everything.")
     ] = False,
-    series: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Series id.")] = 1,
+    series: Annotated[
+        int | None,
+        typer.Option(min=-(2**63), max=2**63 - 1, help="Series id. (default: seconds since 1970)", show_default=False),
+    ] = None,
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Make every frame before sending the first, to keep a high rate.")
     ] = False,
@@ -115,7 +118,7 @@ def simulate(
                     bind,
                     protocol=protocol,
                     pattern="pub" if pub else "push",
-                    series=series,
+                    series=int(time.time()) if series is None else series,
                     passes=wanted,
                     rate=_rate(rate),
                     frames_per_message=frames_per_message,

@@ -1,0 +1,25 @@
+"""Work in threads that is never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+
+async def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    """Run the calls in a thread each, all at the same time, and wait for every one of them, also when cancelled.
+
+    A thread cannot be cancelled: memory and files that it works on belong to it until it returns. Returns the results
+    in order; the first exception is raised once all have ended.
+    """
+    work = asyncio.gather(*(asyncio.to_thread(call) for call in calls), return_exceptions=True)
+    try:
+        outcomes = await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
