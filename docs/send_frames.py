@@ -10,7 +10,8 @@ import numpy as np
 import zmq
 
 scan_shape, detector_shape = (32, 32), (64, 64)
-socket = zmq.Context().socket(zmq.PUSH)
+context = zmq.Context()
+socket = context.socket(zmq.PUSH)
 socket.connect(sys.argv[1] if len(sys.argv) > 1 else "tcp://127.0.0.1:31000")
 
 optics = {"energy_kev": 200.0, "semiangle_mrad": 20.0, "scan_step_angstrom": 0.25, "detector_pixel_mrad": 1.5}
@@ -29,4 +30,5 @@ for scan_row in range(scan_shape[0]):  # one message a scan row; here the "detec
     header = {"type": "frames", "series": 1, "first": scan_row * scan_shape[1], "count": len(frames), "encoding": "raw"}
     socket.send_multipart([msgpack.packb(header), frames], copy=False)
 socket.send(msgpack.packb({"type": "end", "series": 1}))
-socket.close()  # waits in the background until everything is delivered
+socket.close()
+context.term()  # waits until everything is delivered: without it, a short scan dies with this process

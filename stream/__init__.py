@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from stream.api import *  # noqa: F403 - exactly its __all__
 
 
+def __dir__() -> list[str]:
+    return importlib.import_module("stream.api").__all__
+
+
 def __getattr__(name: str) -> Any:
     # Introspection asks for all kinds of dunder names, also while stream.api is being imported.
     if name.startswith("_"):

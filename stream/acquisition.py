@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
+import numpy as np
+
 from detectors.errors import ConnectionFailed, DataFileError, LiveptychoError
 from detectors.messages import FrameBlock, Message, SeriesEnd, SeriesId, SeriesStart, Undecodable
 from stream.array import choose_device
@@ -59,6 +61,7 @@ class Acquisition:
         self._dropped = 0
         self._series_count = 0
         self._ending = False
+        self._beyond = 0
 
     @property
     def unclaimed(self) -> int:
@@ -106,7 +109,7 @@ class Acquisition:
             return True
         self.close()
         self._series_count += 1
-        self._refused, self._ending = None, False
+        self._refused, self._ending, self._beyond = None, False, 0
         options = self.options
         try:
             if options.record is not None:
@@ -215,12 +218,15 @@ class Acquisition:
         assert run is not None
         if run.engine is None:
             return False
-        passes = run.engine.setup.passes
-        if passes is None or run.engine.passes_done < passes:
+        passes, scan = run.engine.setup.passes, run.engine.setup.scan
+        if passes is None:
             return False
-        # Everything is there: the end message should follow, unless the stream goes on beyond what was asked for.
-        self._ending = True
-        if int(block.indices.max()) >= passes * run.engine.setup.scan.frames_per_pass:
+        # Once everything is there, the end message should follow. When the stream goes on beyond what was asked for,
+        # what is missing by then (a row's worth of frames later, for those that come late) will not come.
+        done = run.engine.passes_done >= passes
+        self._ending = self._ending or done
+        self._beyond += int(np.count_nonzero(block.indices >= passes * scan.frames_per_pass))
+        if self._beyond > (0 if done else scan.shape[1]):
             await self.finish("")
             return True
         return False

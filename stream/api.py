@@ -17,13 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stream.check import Finding, check_address
 from stream.config import Layer, Settings
 from stream.files import Dataset4D, open_dataset
 from stream.geometry import DetectorGeometry
 from stream.kernels import METHODS, OverlapMasks, overlap_function, overlap_masks
 from stream.offline import Progress, reconstruct_file
 from stream.optics import Aberrations, AxesRelation, Probe
+from stream.record import Recorded, record_stream
 from stream.recording import Recording, open_recording
+from stream.replay import replay_recording
 from stream.result import Result
 from stream.session import Session
 from stream.session_options import SessionOptions
@@ -37,20 +40,25 @@ __all__ = [
     "Counters",
     "Dataset4D",
     "DetectorGeometry",
+    "Finding",
     "OverlapMasks",
     "Probe",
+    "Recorded",
     "Recording",
     "Result",
     "Session",
     "SessionOptions",
     "Settings",
     "Snapshot",
+    "check_address",
     "open_dataset",
     "open_recording",
     "open_session",
     "overlap_function",
     "overlap_masks",
     "reconstruct",
+    "record_stream",
+    "replay_recording",
     "spectrum_at",
 ]
 
@@ -61,16 +69,27 @@ def reconstruct(
     config: str | Path | None = None,
     dataset: str | None = None,
     device: str = "auto",
+    passes: int | None = 0,
+    threads: int | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
     """Reconstruct a data file or a recording.
 
     ``settings``: keys of ``Settings``; they win over the TOML file ``config``, and that over what the file says.
-    ``dataset``: path inside an HDF5 file; ``device``: auto, cpu or gpu; ``progress(done, total)`` is called after
-    every block of frames. Raises ``LiveptychoError`` with a sentence for the user.
+    ``dataset``: path inside an HDF5 file; ``device``: auto, cpu or gpu; ``passes`` to take from a recording, None or 0
+    for all; ``threads`` for decoding and for computing; ``progress(done, total)`` is called after every block of
+    frames. Raises ``LiveptychoError`` with a sentence for the user.
     """
-    return reconstruct_file(path, layers(config, settings), dataset=dataset, device=device, progress=progress)
+    return reconstruct_file(
+        path,
+        layers(config, settings),
+        dataset=dataset,
+        device=device,
+        passes=passes,
+        progress=progress,
+        threads=threads,
+    )
 
 
 def open_session(
@@ -85,6 +104,8 @@ def open_session(
     output: str | Path | None = None,
     publish: str | None = None,
     follow: bool = False,
+    linger_s: float = 0.0,
+    threads: int | None = None,
     timeout_s: float | None = None,
     series_timeout_s: float | None = None,
     config: str | Path | None = None,
@@ -108,6 +129,8 @@ def open_session(
             output=None if output is None else Path(output),
             publish=publish,
             follow=follow,
+            linger_s=linger_s,
+            threads=threads,
             timeout_s=timeout_s,
             series_timeout_s=series_timeout_s,
         )

@@ -54,6 +54,7 @@ class RowAssembler:
         self._free = list(range(slots))
         self._open: dict[tuple[int, int], int] = {}
         self._newest_pass = np.full(scan_shape[0], -1, np.int64)
+        self._closed_pass = np.full(scan_shape[0], -1, np.int64)
         # Positions that no frame can come for count as held, so that their row can be full.
         self._never = np.zeros(scan_shape, bool) if scanned is None else ~scanned
         self._held = self._never.copy()
@@ -110,6 +111,7 @@ class RowAssembler:
     def close(self, pair: tuple[int, int]) -> None:
         """Close one open row (pass, row) with what it has."""
         slot = self._open.pop(pair)
+        self._closed_pass[pair[1]] = max(pair[0], self._closed_pass[pair[1]])
         if self.received[slot].any():
             self.closed.append(ClosedRow(slot, *pair, self._time_ns))
         else:  # opened for a frame that could not be decoded
@@ -136,6 +138,7 @@ class RowAssembler:
 
     @property
     def passes_done(self) -> int:
-        """How many passes are over: every row has been reached by a newer pass, or is full."""
+        """How many passes are over: those before the newest, and that one when all of its rows were closed."""
+        newest = self.newest_pass
         scanned = ~self._never.all(axis=1)
-        return max(0, int((self._newest_pass + self._held.all(axis=1))[scanned].min()))
+        return max(0, newest + int((self._closed_pass[scanned] == newest).all()))

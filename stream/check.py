@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from detectors.errors import LiveptychoError
+from detectors import codec
+from detectors.errors import LiveptychoError, ProtocolError
 from detectors.messages import FrameBlock, SeriesEnd, SeriesStart, Undecodable
 from detectors.registry import protocol_named
 from stream.config import Layer
@@ -19,6 +20,10 @@ from stream.receiver import Receiver
 
 #: The first bytes that a ZeroMQ peer sends: signature, 8 bytes, 0x7F, and its major version (ZMTP 3.x, RFC 23).
 _ZMTP_SIGNATURE = (0xFF, 0x7F)
+
+
+#: Frames of each block that are unpacked.
+_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class _Seen:
         self.frames = self.blocks = self.ends = self.unreadable = 0
         self.reason = ""
         self.lowest = self.highest = -1
+        self.tried = self.damaged = 0
+        self.damage = ""
         self.encoding = ""
 
     def take(self, item: object) -> None:
@@ -121,6 +128,7 @@ class _Seen:
             self.starts.append(item)
         elif isinstance(item, FrameBlock):
             self.frames += len(item)
+            self._try_some(item)
             self.encoding = item.encoding.name.lower()
             self.highest = max(self.highest, int(item.indices.max()))
             self.lowest = int(item.indices.min()) if self.lowest < 0 else min(self.lowest, int(item.indices.min()))
@@ -131,6 +139,19 @@ class _Seen:
             self.reason = item.reason
         else:
             assert isinstance(item, Silence)
+
+    def _try_some(self, block: FrameBlock) -> None:
+        """Unpack the first frames of a block: enough to see damage, few enough not to fall behind."""
+        if not self.starts or self.starts[-1].series != block.series:
+            return
+        start = self.starts[-1]
+        for offset, size in list(zip(block.offsets, block.sizes, strict=True))[:_TRIED]:
+            self.tried += 1
+            try:
+                codec.decode(block.slab[offset : offset + size], block.encoding, start.detector_shape, start.dtype)
+            except ProtocolError as error:
+                self.damaged += 1
+                self.damage = str(error)
 
     @property
     def enough(self) -> bool:
@@ -176,6 +197,10 @@ class _Seen:
         text = f"{self.frames} frames ({self.encoding}), numbers {self.lowest} to {self.highest}"
         if 0.4 < self.frames / span < 0.6 and span > 10:
             return Finding("frames", "ERROR", f"{text}: every second frame is missing: is another client connected?")
+        if self.damaged:
+            return Finding(
+                "frames", "ERROR", f"{text}: {self.damaged} of {self.tried} looked at are damaged: {self.damage}"
+            )
         if self.frames < span:
             return Finding("frames", "ERROR", f"{text}: {span - self.frames} are missing")
         return Finding("frames", "OK", text)

@@ -1,8 +1,7 @@
-"""Settings: what a user may say about a scan, where each value came from, and how they become a reconstruction.
+"""Settings: what a user, a file or a stream may say about a scan, validated, with its source in words.
 
-Values come in layers: command-line flags, then a TOML file, then what the stream or data file says of itself, then what
-is measured from the first frames. The first layer that has a value wins. Keys carry their unit; from ``Parameters`` on
-everything is Å, rad and eV.
+They come in layers: command-line flags, then a TOML file, then what the stream or data file says of itself. Keys carry
+their unit. ``stream.parameters`` lays the layers over each other.
 """
 
 from __future__ import annotations

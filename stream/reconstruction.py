@@ -18,7 +18,7 @@ from detectors import codec
 from detectors.errors import ConfigurationError, DoesNotFit, ProtocolError
 from detectors.messages import FrameBlock, SeriesStart
 from stream.array import Device, host_free_bytes
-from stream.calibration import Survey
+from stream.calibration import Survey, find_bf_disk
 from stream.config import Layer
 from stream.engine import Engine
 from stream.kernels import method_named
@@ -226,7 +226,22 @@ class Reconstruction:
 
     def finish(self) -> None:
         """The series is over: everything that came is in the result now. Raises like :meth:`prepare`."""
-        self.prepare().finish(self.start.frames)
+        engine = self.prepare()
+        engine.finish(self.start.frames)
+        self._warn_of_bad_pixels(engine)
+
+    def _warn_of_bad_pixels(self, engine: Engine) -> None:
+        """Pixels that were not looked for, because the disk was given, may still be worth a word."""
+        geometry = engine.setup.geometry
+        if self._resolution.needs_disk or self._resolution.known.get("find_bad_pixels") is False:
+            return
+        pattern = engine.images(["mean_pattern"])["mean_pattern"].astype(np.float64)
+        frames = max(1, engine.counters.received)
+        disk = find_bf_disk(
+            pattern, good=geometry.good, frames=frames, centre_px=geometry.bf_centre_px, radius_px=geometry.bf_radius_px
+        )
+        if count := int(disk.bad_pixels.sum()):
+            self._note(f"{count} detector pixel(s) look hot or dead, and were used; --find-bad-pixels masks them")
 
     def change(self, values: dict[str, object]) -> None:
         """Other optics or another method, from the rows that are there. ``values``: keys of ``Settings``, validated.

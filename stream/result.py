@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,16 @@ _PLOTTED = {
 }
 
 
+def require_writable(path: Path) -> None:
+    """Raise ``DataFileError`` when a file could not be written there: asked before the work, and not after it."""
+    if not path.name or path.is_dir():
+        raise DataFileError(f"cannot write {path}: it is a directory; name a file in it")
+    # Folders are made for a file; the nearest one that is there decides.
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise DataFileError(f"cannot write {path}: {parent} is not a folder that can be written to")
+
+
 @dataclass(frozen=True)
 class Result:
     """A reconstruction, finished or not.
@@ -49,13 +60,13 @@ class Result:
         """arg of the object [rad], float32 scan shape; NaN in rows that were not acquired."""
         return self.images["phase"]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the result file; an existing one is replaced once the new one is complete.
 
         Raises ``DataFileError`` when it cannot be written.
         """
-        if not path.name or path.is_dir():
-            raise DataFileError(f"cannot write the result {path}: it is a directory; name a file in it")
+        path = Path(path)
+        require_writable(path)
         unfinished = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +112,8 @@ class Result:
         for axis, count, length in (("row", rows, step[0]), ("column", columns, step[1])):
             file[f"axes/{axis}"] = np.arange(count) * length
             file[f"axes/{axis}"].attrs["units"] = "angstrom"
+        for group in ("virtual", "axes"):
+            file[group].attrs["NX_class"] = "NXcollection"
         for name, image in _PLOTTED.items():
             data = entry.create_group(image)
             data.attrs.update({"NX_class": "NXdata", "signal": image, "axes": ["row", "column"]})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from detectors.errors import ConfigurationError, DataFileError
 from stream.config import Layer
+from stream.result import require_writable
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,5 @@ def check_files(options: SessionOptions) -> None:
             f"{record} exists already; recordings are never overwritten: choose another name or move it"
         )
     for path in (record, output):
-        if path is None:
-            continue
-        if not path.name or path.is_dir():
-            raise DataFileError(f"cannot write {path}: it is a directory; name a file in it")
-        # Folders are made for a result; the nearest one that is there decides.
-        parent = next(folder for folder in path.absolute().parents if folder.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise DataFileError(f"cannot write {path}: {parent} is not a folder that can be written to")
+        if path is not None:
+            require_writable(path)

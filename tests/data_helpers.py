@@ -24,6 +24,7 @@ from tests import oracle
 
 #: The data sets that come with the project's brief, where they are.
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+OWN_DATA = Path(__file__).resolve().parent / "data"
 
 
 @dataclass(frozen=True)

@@ -165,14 +165,14 @@ def test_an_existing_result_is_replaced(saved: Path, result: stream.Result) -> N
 def test_a_result_that_cannot_be_written(tmp_path: Path, result: stream.Result) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(DataFileError, match="cannot write the result"):
+    with pytest.raises(DataFileError, match="cannot write"):
         result.save(folder)
     assert list(tmp_path.iterdir()) == [folder], "no unfinished file stays behind"
 
 
 def test_a_result_below_a_file(tmp_path: Path, result: stream.Result) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataFileError, match="cannot write the result"):
+    with pytest.raises(DataFileError, match="cannot write"):
         result.save(tmp_path / "file" / "result.h5")
 
 

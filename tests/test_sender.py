@@ -149,9 +149,16 @@ async def test_every_frame_arrives_once_and_in_order(pull: Connect, frames_per_m
 async def test_it_waits_for_a_slow_receiver_and_loses_nothing() -> None:
     with sockets(zmq.PULL, RCVHWM=1, RCVBUF=4096) as connect:
         told: list[SendReport] = []
-        sending, endpoint = await started(NumberedFrames(20, 100, payload_bytes=70_000), progress=told.append)
+        heard = asyncio.Event()
+
+        def tell(report: SendReport) -> None:
+            told.append(report)
+            heard.set()
+
+        sending, endpoint = await started(NumberedFrames(20, 100, payload_bytes=70_000), progress=tell)
         receiver = connect(endpoint)
         await receiver.frames(1)
+        await asyncio.wait_for(heard.wait(), 20)
         for _ in range(200):  # the sender has the loop to itself and fills whatever buffers there are
             await asyncio.sleep(0)
         assert not sending.done()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from detectors.errors import ConfigurationError
@@ -16,7 +17,7 @@ from stream.config import Layer
 from stream.offline import describe_file, reconstruct_file
 from stream.parameters import Parameters
 from stream.replay import replay_recording
-from stream.result import Result
+from stream.result import Result, require_writable
 
 
 @with_settings
@@ -26,13 +27,14 @@ def reconstruct(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result (HDF5, NeXus).")],
     dataset: Annotated[str | None, typer.Option(help="Path of the 4-D dataset inside an HDF5 file.")] = None,
     passes: Annotated[
-        int, typer.Option(help="Passes to take from a recording. (default: all)", show_default=False)
-    ] = -1,
+        int | None, typer.Option(help="Passes to take from a recording. (default: all)", show_default=False)
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Reconstruct a file, with the same engine as a live scan."""
     _refuse_same_file(file, output)
+    require_writable(output)
     with progress_bar(file.name) as advance:
         result = reconstruct_file(
             file,
@@ -112,12 +114,12 @@ def info(
     description = describe_file(file, layers, dataset=dataset)
     table = Table(title=str(file), show_header=False, title_justify="left")
     for label, text in description.rows:
-        table.add_row(label, text)
+        table.add_row(escape(label), escape(text))
     console.print(table)
     if description.parameters is not None:
         console.print(settings_table(description.parameters))
     for note in description.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
 
 
 def settings_table(parameters: Parameters) -> Table:
@@ -130,5 +132,5 @@ def settings_table(parameters: Parameters) -> Table:
                 if isinstance(value, tuple)
                 else str(value)
             )
-            table.add_row(key, shown, parameters.sources[key])
+            table.add_row(key, escape(shown), escape(parameters.sources[key]))
     return table

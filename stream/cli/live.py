@@ -62,13 +62,13 @@ def live(
         Path | None, typer.Option("--output", "-o", help="Write the result of the series there (HDF5, NeXus).")
     ] = None,
     passes: Annotated[
-        int,
+        int | None,
         typer.Option(
             help="Passes to take: the newest replaces the older one row by row; 0 for ever. "
             "(default: as many as the series announces)",
             show_default=False,
         ),
-    ] = -1,
+    ] = None,
     no_viewer: Annotated[
         bool, typer.Option("--no-viewer", help="Open no viewer; end when the series has ended.")
     ] = False,
@@ -156,7 +156,7 @@ async def _show(session: Session) -> None:
                     highlight=False,
                 )
                 for note in run.notes:
-                    console.print(f"note: {note}", highlight=False)
+                    console.print(f"note: {note}", highlight=False, markup=False)
             if console.is_terminal:
                 display.update(status_line(snapshot))
 

@@ -89,11 +89,11 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def parse_passes(passes: int, unset: int) -> int | None:
-    """``--passes``: 0 is for ever (None); ``unset`` (-1) stands for the default of the command."""
-    if passes < -1:
+def parse_passes(passes: int | None, unset: int) -> int | None:
+    """``--passes``: 0 is for ever (None); ``unset`` is what a command takes when the flag is not given."""
+    if passes is not None and passes < 0:
         raise ConfigurationError(f"--passes must be at least 1, or 0 for ever; got {passes}")
-    return unset if passes == -1 else passes or None
+    return unset if passes is None else passes or None
 
 
 Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu or gpu.")]

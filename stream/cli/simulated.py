@@ -30,7 +30,7 @@ from stream.config import parse_shape
 from stream.files import open_dataset
 from stream.offline import FileFrames
 from stream.session import Session
-from stream.session_options import SessionOptions
+from stream.session_options import SessionOptions, check_files
 
 _SPECIMEN = "Simulated specimen and microscope (without FILE)"
 _MISBEHAVE = "Misbehaviour (fractions of the frames, 0 to 1)"
@@ -177,6 +177,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the result.")] = Path("demo-output"),
 ) -> None:
     """The whole program in half a minute: simulated detector, ZeroMQ, live reconstruction, viewer. Ends by itself."""
+    check_files(SessionOptions(["demo"], output=output / "result.h5"))
     window = not headless and _has_display()
     if not window:
         console.print(
