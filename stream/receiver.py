@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 128 << 20
 
 #: A slab is full beyond so many parts or bytes; what was measured to be enough for full speed at 2 kB a message.
-_FULL_PARTS = 1024
-_FULL_BYTES = 64 << 20
+_FULL_PARTS = 4096
+_FULL_BYTES = 16 << 20
 
 #: Parts received in one go before other tasks get their turn: about a millisecond's worth.
 _DRAIN_PARTS = 512
