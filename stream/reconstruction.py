@@ -112,11 +112,6 @@ class Reconstruction:
         """Whether the first frames must be looked at before the reconstruction can begin."""
         return self._resolution.needs_disk
 
-    @property
-    def waiting_frames(self) -> int:
-        """Frames that wait for the bright-field disk to be found."""
-        return self._backlog_frames
-
     def prepare(self) -> Engine:
         """Find the disk if need be, make the kernels and the engine, and catch up with the frames that waited.
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from detectors.errors import ConfigurationError
-from stream.cli.options import Device, Threads, parse_passes, with_settings
+from stream.cli.options import Device, Threads, parse_passes, parse_positive, with_settings
 from stream.cli.progress import console, progress_bar
 from stream.config import Layer
 from stream.offline import describe_file, reconstruct_file
@@ -77,7 +77,7 @@ def replay(
     ] = False,
 ) -> None:
     """Send a recorded stream again, as it came: same messages' content, same order, same times."""
-    factor = _speed(speed)
+    factor = parse_positive(speed, "--speed is a positive factor")
     with progress_bar(file.name) as advance:
         sent = asyncio.run(
             replay_recording(
@@ -90,18 +90,6 @@ def replay(
             )
         )
     console.print(f"{sent} frames delivered")
-
-
-def _speed(text: str) -> float | None:
-    if text == "max":
-        return None
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = 0.0
-    if not 0 < factor < float("inf"):
-        raise ConfigurationError(f"--speed is a positive factor or 'max', got {text!r}")
-    return factor
 
 
 @with_settings

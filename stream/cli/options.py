@@ -96,6 +96,19 @@ def parse_passes(passes: int | None, unset: int) -> int | None:
     return unset if passes is None else passes or None
 
 
+def parse_positive(text: str, what: str) -> float | None:
+    """A positive number, or None for ``max``. ``what`` begins the error for anything else."""
+    if text == "max":
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ConfigurationError(f"{what} or 'max', got {text!r}")
+    return number
+
+
 Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu or gpu.")]
 Protocol = Annotated[str, typer.Option(help="What the detector speaks: native (docs/protocol.md).")]
 Threads = Annotated[

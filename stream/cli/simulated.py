@@ -24,7 +24,7 @@ from detectors.sender import SendReport, serve
 from detectors.simulation import SimulatedScan
 from detectors.source import EncodedSource, FrameMaker
 from stream.cli.live import run_session
-from stream.cli.options import parse_aberrations, parse_passes
+from stream.cli.options import parse_aberrations, parse_passes, parse_positive
 from stream.cli.progress import console, progress_bar
 from stream.config import parse_shape
 from stream.files import open_dataset
@@ -120,7 +120,7 @@ def simulate(
                     pattern="pub" if pub else "push",
                     series=int(time.time()) if series is None else series,
                     passes=wanted,
-                    rate=_rate(rate),
+                    rate=parse_positive(rate, "--rate is a positive number of frames per second"),
                     frames_per_message=frames_per_message,
                     misbehaviour=misbehaviour if misbehaviour != Misbehaviour(seed=seed) else None,
                     ready=lambda endpoint: console.print(
@@ -130,18 +130,6 @@ def simulate(
                 )
             )
     console.print(_summary(report), highlight=False)
-
-
-def _rate(text: str) -> float | None:
-    if text == "max":
-        return None
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise ConfigurationError(f"--rate is a positive number of frames per second or 'max', got {text!r}")
-    return rate
 
 
 def _summary(report: SendReport) -> str:
