@@ -471,7 +471,7 @@ def _until(condition: Callable[[], Any]) -> None:
 def test_the_demonstration(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("PySide6")
     out = run("demo", "--headless", "--output", "shown").ended_well()
-    assert "agreement with the simulated specimen" in out
+    assert "agreement of the phase with the simulated specimen" in out
     found = re.search(r"correlation (\d\.\d+)", out)
     assert found is not None
     assert float(found[1]) > 0.9
