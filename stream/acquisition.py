@@ -101,12 +101,12 @@ class Acquisition:
         underway = self.active and self.run is not None and start.header == self.run.start.header
         if underway or (self._refused is not None and start.header == self._refused.header):
             return False
-        ended = False
+        if self._recording_only is not None:
+            await self._end_recording(None)
         if self.active:
             await self.finish(f"series {start.series} began before its end")
-            ended = not self.options.follow
-        if ended:
-            return True
+            if not self.options.follow:
+                return True
         self.close()
         self._series_count += 1
         self._refused, self._ending, self._beyond = None, False, 0
@@ -138,7 +138,8 @@ class Acquisition:
         if self.run.engine is not None:
             logger.info("memory: %s", self.run.engine.plan)
         for block in self._orphans.claim(start):
-            await self._frames(block)
+            if await self._frames(block):
+                return True
         return False
 
     def _give_up(self, error: LiveptychoError, start: SeriesStart | None = None) -> bool:
@@ -168,9 +169,7 @@ class Acquisition:
         error, recorder = self._recording_only, self._recorder
         assert error is not None
         assert recorder is not None
-        await in_threads(
-            partial(recorder.end, end),
-        )
+        await in_threads(partial(recorder.end, end))
         await in_threads(self._close_recorder)
         self._recording_only = None
         if not self.options.follow:
@@ -291,6 +290,8 @@ class Acquisition:
         self.incomplete = incomplete
         if incomplete:
             logger.warning("series %s: %s", run.start.series, incomplete)
+        # Nothing more comes to be recorded, whatever becomes of the result.
+        await in_threads(self._close_recorder)
         try:
             await in_threads(run.finish)
             (self.result,) = await in_threads(run.result)
@@ -298,14 +299,20 @@ class Acquisition:
         except LiveptychoError as error:
             self._give_up(error)
             return
-        finally:
-            if self._recorder is not None:
-                await in_threads(self._close_recorder)
         counters = run.counters
         if not counters.received:
             self.incomplete = incomplete = incomplete or "it ended before any frame came"
         lost = f"{counters.missing} frames missing" if counters.missing else "complete"
         self.set_state(state, incomplete or f"series {run.start.series}: {lost}")
+
+    async def stop(self) -> None:
+        """The user has had enough: what has come so far is finished and saved."""
+        if self._recording_only is not None:
+            await self._end_recording(None)
+        if self.active:
+            await self.finish("stopped by the user", "stopped")
+        else:
+            self.set_state("stopped", "stopped")
 
     async def save(self) -> None:
         """Write the result where the options say, if they do. Raises ``DataFileError``."""

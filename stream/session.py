@@ -209,10 +209,7 @@ class Session:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
             await stream.aclose()
-        if acquisition.active:
-            await acquisition.finish("stopped by the user", "stopped")
-        else:
-            acquisition.set_state("stopped", "stopped")
+        await acquisition.stop()
 
     async def _compute(self) -> None:
         """Let closed rows into the image as they come."""

@@ -130,6 +130,47 @@ async def test_a_scan_that_cannot_be_reconstructed_is_still_recorded(tmp_path: P
         assert recording.complete
 
 
+async def test_an_error_at_the_end_of_a_recorded_series_is_told(tmp_path: Path) -> None:
+    """The disk is only looked for among the frames that came: here too few, and empty."""
+    path = tmp_path / "scan.h5"
+    empty = np.zeros_like(all_frames())
+
+    async def send(sender: PlainSender) -> None:
+        await sender.start(bf_centre_px=None)
+        await sender.scan(empty, range(20))
+        await sender.end()
+
+    async with plainly(send) as endpoint:
+        with pytest.raises(ConfigurationError, match="bf_centre_px"):
+            await run_session(live_options(endpoint, record=path))
+    with open_recording(path) as recording:
+        assert recording.frames == 20
+        assert recording.complete
+
+
+async def test_the_series_after_one_that_could_only_be_recorded(tmp_path: Path) -> None:
+    patterns, path = all_frames(), tmp_path / "scan.h5"
+
+    async def send(sender: PlainSender) -> None:
+        await sender.start("A", energy_kev=None)
+        await sender.scan(patterns, range(20), "A")  # and no end
+        await sender.start("B")
+        await sender.scan(patterns, range(FRAMES), "B")
+        await sender.end("B")
+
+    async with (
+        plainly(send) as endpoint,
+        Session(live_options(endpoint, record=path, follow=True)) as session,
+    ):
+        await snapshot_where(session, lambda snapshot: snapshot.series == "B" and snapshot.state == "finished")
+    assert session.result is not None
+    assert session.result.counters.received == FRAMES
+    with open_recording(path) as recording:
+        assert recording.frames == 20
+    with open_recording(tmp_path / "scan-2.h5") as recording:
+        assert recording.frames == FRAMES
+
+
 async def test_the_last_snapshot_reaches_its_viewers() -> None:
     context = zmq.asyncio.Context()
     viewer = context.socket(zmq.SUB)
