@@ -172,20 +172,23 @@ async def test_the_series_after_one_that_could_only_be_recorded(tmp_path: Path) 
 
 
 async def test_the_last_snapshot_reaches_its_viewers() -> None:
+    patterns = all_frames()
     context = zmq.asyncio.Context()
     viewer = context.socket(zmq.SUB)
     viewer.setsockopt(zmq.CONFLATE, 1)
     viewer.subscribe(b"")
     try:
-        async with serving() as (endpoint, sending):
-            async with Session(live_options(endpoint, publish="tcp://127.0.0.1:*")) as session:
+        async with PlainSender() as sender:
+            async with Session(live_options(sender.endpoint, publish="tcp://127.0.0.1:*")) as session:
                 assert session.publish_endpoint is not None
                 viewer.connect(session.publish_endpoint)
+                last = Snapshot.unpack(await patiently(viewer.recv()))  # its subscription has arrived
+                await sender.start()
+                await sender.scan(patterns, range(FRAMES))
+                await sender.end()
                 await snapshot_where(session, lambda snapshot: snapshot.state == "finished")
-            await patiently(sending)
-        last = None
-        while last is None or last.state != "finished":
-            last = Snapshot.unpack(await patiently(viewer.recv()))
+            while last.state != "finished":
+                last = Snapshot.unpack(await patiently(viewer.recv()))
     finally:
         context.destroy(linger=0)
 
