@@ -11,7 +11,7 @@ import numpy as np
 
 from detectors import codec
 from detectors.messages import Encoding, SeriesStart
-from detectors.native import NativeEncoder
+from detectors.protocols.native import Encoder as NativeEncoder
 from stream.engine import Setup
 from stream.geometry import DetectorGeometry
 from stream.kernels import METHODS
@@ -99,7 +99,7 @@ def stream_messages(frame_count: int, dtype: str, encoding: Encoding, per_messag
     for first in range(0, frame_count, per_message):
         count = min(per_message, frame_count - first)
         at = first % len(pool)
-        header, payload = encoder.frames(1, first, [pool[(at + i) % len(pool)] for i in range(count)], encoding)
+        header, payload = encoder.frames(1, first, [pool[(at + i) % len(pool)] for i in range(count)], encoding)[0]
         out.append([header, joined.setdefault(at, payload) if count == per_message else payload])
     return out
 

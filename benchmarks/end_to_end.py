@@ -19,7 +19,7 @@ from benchmarks.data import DETECTOR_SHAPE, setup, table
 from benchmarks.sending import Sender
 from detectors import codec
 from detectors.messages import Encoding
-from detectors.native import ENCODINGS
+from detectors.protocols.native import ENCODINGS
 from stream.session import Session, SessionOptions
 
 #: dtype, encoding, frames a message

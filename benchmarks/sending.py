@@ -13,7 +13,7 @@ import zmq
 
 from benchmarks.data import start, stream_messages
 from detectors.messages import Encoding
-from detectors.native import NativeEncoder
+from detectors.protocols.native import Encoder as NativeEncoder
 
 #: A paced sender looks at the clock once in so many seconds.
 _BURST_S = 1e-3
@@ -77,7 +77,7 @@ def _serve(pipe: Connection, scan_shape: tuple[int, int], dtype: str, encoding: 
             socket.set(zmq.IMMEDIATE, 1)
             port = socket.bind_to_random_port("tcp://127.0.0.1")
             pipe.send(f"tcp://127.0.0.1:{port}")
-            socket.send_multipart(encoder.start(start(scan_shape, dtype, request[1])))
+            socket.send_multipart(encoder.start(start(scan_shape, dtype, request[1]))[0])
             continue
         _, passes, rate, row, limit = request
         assert socket is not None
@@ -88,7 +88,7 @@ def _serve(pipe: Connection, scan_shape: tuple[int, int], dtype: str, encoding: 
             chosen = chosen[:limit]
             ends += _send(socket, chosen, per_message, rate, row)
         ended = time.time()
-        socket.send_multipart(encoder.end(1))
+        socket.send_multipart(encoder.end(1)[0])
         pipe.send((began, ended, ends))
     if socket is not None:
         socket.close(linger=0)

@@ -7,7 +7,7 @@ else of any vendor. Payloads are never copied here: a block of frames points int
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -25,6 +25,21 @@ class Encoding(IntEnum):
     """one bare LZ4 block of the raw pixels"""
     BSLZ4 = 2
     """bitshuffle + LZ4 as in an HDF5 chunk: u64 BE size, u32 BE block size, then u32 BE length + LZ4 block, ..."""
+    LZ4_BLOCKS = 3
+    """LZ4 as in an HDF5 chunk: the same framing as BSLZ4 without the shuffling; a block as long as its contents is not
+    packed"""
+    RAW_BIG_ENDIAN = 4
+    """big-endian pixels, row after row"""
+    MERLIN_1BIT = 5
+    """Merlin's raw 1-bit frames: 64 pixels in 8 big-endian bytes, the first one in the lowest bit"""
+    MERLIN_6BIT = 6
+    """... 6-bit: 8 pixels in 8 bytes, reversed"""
+    MERLIN_12BIT = 7
+    """... 12-bit: 4 big-endian 16-bit pixels in 8 bytes, reversed"""
+    MERLIN_QUAD_1BIT = 8
+    """the same of four chips, a row of each side by side (see ``detectors.protocols.merlin``)"""
+    MERLIN_QUAD_6BIT = 9
+    MERLIN_QUAD_12BIT = 10
 
 
 @dataclass(frozen=True)
@@ -69,9 +84,12 @@ class ReceivedBatch:
 class SeriesStart:
     """A series begins. What a sender does not know is None.
 
-    ``detector_shape`` (rows, columns); ``dtype`` of a frame, little-endian; ``scan_shape`` (rows, columns);
+    ``detector_shape`` (rows, columns); ``dtype`` of a decoded frame, little-endian; ``scan_shape`` (rows, columns);
     ``frames``: how many are announced, None for an endless series; ``settings``: configuration keys that the stream
-    itself knows (``energy_kev`` ...); ``header``: the message as received, for recordings.
+    itself knows (``energy_kev`` ...), others are kept for the record; ``header``: the message as received, for
+    recordings. ``channels``: names of the thresholds that each frame comes with, empty where there is but one and it
+    has no name. ``pixel_mask``: bool ``detector_shape``, True = good; ``flatfield``: float32 ``detector_shape``.
+    ``maximum_is_masked``: the dtype's largest value stands for "no count" (gap, bad or overflown pixel).
     """
 
     series: SeriesId
@@ -81,6 +99,10 @@ class SeriesStart:
     frames: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     header: tuple[bytes, ...] = ()
+    channels: tuple[str, ...] = ()
+    pixel_mask: np.ndarray | None = field(default=None, compare=False)
+    flatfield: np.ndarray | None = field(default=None, compare=False)
+    maximum_is_masked: bool = False
 
     @property
     def frame_bytes(self) -> int:
@@ -94,6 +116,10 @@ class FrameBlock:
 
     ``indices``: int64 (frames,), each frame's number in its series, which alone decides its scan position.
     ``offsets``, ``sizes``: int64 (frames,), byte ranges of the payloads in ``slab`` (uint8, 1-D). ``time_ns``: arrival.
+    ``exposed_ns``: int64 (frames,), when each exposure began by the detector's clock [ns], of which only differences
+    mean anything; None where the stream does not say. ``others``: the same frames as seen by the other channels, in the
+    order of ``SeriesStart.channels[1:]``. ``minus``: what is to be subtracted from each frame, never below 0 (for the
+    difference of two channels that the detector did not make itself).
     """
 
     series: SeriesId
@@ -103,27 +129,44 @@ class FrameBlock:
     sizes: np.ndarray
     slab: np.ndarray
     time_ns: int = 0
+    exposed_ns: np.ndarray | None = None
+    others: tuple[FrameBlock, ...] = ()
+    minus: FrameBlock | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, which: np.ndarray) -> FrameBlock:
         """The frames at ``which`` (an index or boolean array), still in the same slab."""
-        return FrameBlock(
-            self.series,
-            self.encoding,
-            self.indices[which],
-            self.offsets[which],
-            self.sizes[which],
-            self.slab,
-            self.time_ns,
+        return replace(
+            self,
+            indices=self.indices[which],
+            offsets=self.offsets[which],
+            sizes=self.sizes[which],
+            exposed_ns=None if self.exposed_ns is None else self.exposed_ns[which],
+            others=tuple(other.take(which) for other in self.others),
+            minus=None if self.minus is None else self.minus.take(which),
         )
 
     def compact(self) -> FrameBlock:
         """The same frames in a slab of their own: for whoever must hold them longer than the receiver's slab lives."""
         slab = np.concatenate([self.slab[o : o + n] for o, n in zip(self.offsets, self.sizes, strict=True)])
-        offsets = np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).astype(np.int64)
-        return FrameBlock(self.series, self.encoding, self.indices, offsets, self.sizes, slab, self.time_ns)
+        return replace(
+            self,
+            offsets=np.cumsum(self.sizes) - self.sizes,
+            slab=slab,
+            others=tuple(other.compact() for other in self.others),
+            minus=None if self.minus is None else self.minus.compact(),
+        )
+
+    def channel(self, number: int) -> FrameBlock:
+        """The frames of one channel alone, by its place in ``SeriesStart.channels``."""
+        return replace(self, others=()) if number == 0 else self.others[number - 1]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Size of all payloads together, of every channel."""
+        return int(self.sizes.sum()) + sum(other.payload_bytes for other in self.others)
 
 
 @dataclass(frozen=True)
@@ -153,15 +196,51 @@ class StreamDecoder(Protocol):
         ...
 
 
+#: A message about to be sent: its parts.
+OutgoingMessage = Sequence["bytes | memoryview"]
+
+
 class StreamEncoder(Protocol):
-    """The sending half of a protocol, for the simulated detector and for replay: messages as lists of parts."""
+    """The sending half of a protocol, for the simulated detector and for replay. One instance speaks one stream."""
 
-    def start(self, start: SeriesStart) -> list[bytes]: ...
-
-    def frames(
-        self, series: SeriesId, first: int, payloads: Sequence[bytes | memoryview], encoding: Encoding
-    ) -> list[bytes | memoryview]:
-        """One message with consecutive frames ``first``, ``first + 1``, ..."""
+    def start(self, start: SeriesStart) -> list[OutgoingMessage]:
+        """The messages that begin a series. Raises ``ConfigurationError`` for what the protocol cannot say."""
         ...
 
-    def end(self, series: SeriesId) -> list[bytes]: ...
+    def frames(
+        self,
+        series: SeriesId,
+        first: int,
+        payloads: Sequence[bytes | memoryview],
+        encoding: Encoding,
+        *,
+        others: Sequence[tuple[Encoding, Sequence[bytes | memoryview]]] = (),
+        exposed_ns: Sequence[int] | None = None,
+    ) -> list[OutgoingMessage]:
+        """Consecutive frames ``first``, ``first + 1``, ... as one or several messages, payloads byte for byte.
+
+        ``others``: the same frames of the further channels that ``start`` announced; ``exposed_ns``: their times.
+        """
+        ...
+
+    def end(self, series: SeriesId) -> list[OutgoingMessage]:
+        """The messages that end a series; none where the protocol has no end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Framed:
+    """Where the whole messages lie in received bytes: ``bounds`` (start, stop) of each, ``used`` bytes that need not be
+    looked at again, ``stray`` of them that belonged to no message."""
+
+    bounds: Sequence[tuple[int, int]]
+    used: int
+    stray: int = 0
+
+
+class Framing(Protocol):
+    """For protocols on plain TCP, which has no messages: finds them in the bytes. Sans-IO, without state."""
+
+    def __call__(self, data: memoryview) -> Framed:
+        """The whole messages in ``data``; what follows ``used`` is shown again with more bytes behind it."""
+        ...

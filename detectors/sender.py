@@ -19,9 +19,9 @@ import zmq
 
 from detectors.errors import ConfigurationError
 from detectors.grouping import Group, message_groups
-from detectors.messages import SeriesId, StreamEncoder
+from detectors.messages import OutgoingMessage, SeriesId, StreamEncoder
 from detectors.misbehaviour import Misbehaviour, MisbehaviourCounts
-from detectors.registry import protocol_named
+from detectors.protocols.registry import protocol_named
 from detectors.source import FrameSource
 from detectors.wire import Wire
 
@@ -96,13 +96,14 @@ async def serve(
         sending = _Sending(wire, encoder, encoder.start(start), series, source, rate, counts, progress)
         ahead = _WorkAhead(message_groups(source, passes, frames_per_message, misbehaviour, counts))
         try:
-            await wire.send(sending.start_message)
+            await sending.announce()
             while (batch := await ahead.next()) is not None:
                 await sending.send(batch)
         finally:
             ahead.close()
         if misbehaviour is None or misbehaviour.ends(counts):
-            await wire.send(encoder.end(series))
+            for message in encoder.end(series):
+                await wire.send(message)
         report = sending.report()
         if progress is not None:
             progress(report)
@@ -119,14 +120,14 @@ class _Sending:
         self,
         wire: Wire,
         encoder: StreamEncoder,
-        start_message: list[bytes],
+        start_messages: list[OutgoingMessage],
         series: SeriesId,
         source: FrameSource,
         rate: float | None,
         counts: MisbehaviourCounts,
         progress: Callable[[SendReport], object] | None,
     ) -> None:
-        self.wire, self.encoder, self.start_message = wire, encoder, start_message
+        self.wire, self.encoder, self.start_messages = wire, encoder, start_messages
         self.series, self.encoding = series, source.encoding
         self.rate, self.counts, self.progress = rate, counts, progress
         self.frames = self.messages = self.payload_bytes = 0
@@ -139,6 +140,11 @@ class _Sending:
         seconds = 0.0 if self.began is None else time.perf_counter() - self.began
         return SendReport(self.frames, self.messages, self.payload_bytes, seconds, dataclasses.replace(self.counts))
 
+    async def announce(self) -> None:
+        """Send the start of the series."""
+        for message in self.start_messages:
+            await self.wire.send(message)
+
     async def send(self, batch: list[Group]) -> None:
         if self.began is None:  # the start message is through: there is a receiver
             self.began = self.scheduled = time.perf_counter()
@@ -147,12 +153,13 @@ class _Sending:
         for first, payloads in batch:
             if credit <= 0:
                 credit = await self._credit(len(payloads))
-            parts = self.encoder.frames(self.series, first, payloads, self.encoding)
-            if not self.wire.try_send(parts):
-                await self.wire.send(parts)
+            messages = self.encoder.frames(self.series, first, payloads, self.encoding)
+            for parts in messages:
+                if not self.wire.try_send(parts):
+                    await self.wire.send(parts)
             credit -= len(payloads)
             self.frames += len(payloads)
-            self.messages += 1
+            self.messages += len(messages)
             self.payload_bytes += sum(map(len, payloads))
 
     async def _credit(self, needed: int) -> int:
@@ -177,7 +184,7 @@ class _Sending:
     async def _housekeeping(self, now: float) -> None:
         if self.wire.publishes and now >= self.next_start:
             self.next_start = now + _REPEAT_START_S
-            await self.wire.send(self.start_message)
+            await self.announce()
         if self.progress is not None and now >= self.next_progress:
             self.next_progress = now + _PROGRESS_S
             self.progress(self.report())

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from detectors import codec
 from detectors.errors import LiveptychoError, ProtocolError
 from detectors.messages import FrameBlock, SeriesEnd, SeriesStart, Undecodable
-from detectors.registry import protocol_named
+from detectors.protocols.registry import protocol_named
 from stream.config import Layer
 from stream.intake import Silence, messages
 from stream.parameters import Resolution

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from detectors.errors import ConnectionFailed, DataFileError
 from detectors.messages import FrameBlock, SeriesEnd, SeriesStart, Undecodable
-from detectors.registry import protocol_named
+from detectors.protocols.registry import protocol_named
 from stream.intake import Orphans, Silence, messages
 from stream.receiver import Receiver
 from stream.recording import Recorder

@@ -11,7 +11,7 @@ import zmq
 
 from detectors.errors import ConfigurationError
 from detectors.messages import FrameBlock
-from detectors.registry import protocol_named
+from detectors.protocols.registry import protocol_named
 from detectors.wire import Wire
 from stream.recording import Recording, open_recording
 
@@ -61,7 +61,8 @@ async def _send(
     encoder = protocol_named(recording.protocol).encoder()
     series = recording.start.series
     announced = encoder.start(recording.start)  # also where the recorded one is sent: encoders remember shape and type
-    await wire.send(list(recording.start.header) or announced)
+    for message in [list(recording.start.header)] if recording.start.header else announced:
+        await wire.send(message)
     loop = asyncio.get_running_loop()
     began, first_ns = loop.time(), None
     sent = 0
@@ -72,12 +73,14 @@ async def _send(
             await asyncio.sleep(max(0.0, began + (block.time_ns - first_ns) * 1e-9 / speed - loop.time()))
         for run in _consecutive(block):
             payloads = [block.slab[o : o + n].data for o, n in zip(run.offsets, run.sizes, strict=True)]
-            await wire.send(encoder.frames(series, int(run.indices[0]), payloads, block.encoding))
+            for message in encoder.frames(series, int(run.indices[0]), payloads, block.encoding):
+                await wire.send(message)
         sent += len(block)
         if progress is not None:
             progress(sent, recording.frames)
     if recording.end is not None:
-        await wire.send(list(recording.end.header) or encoder.end(series))
+        for message in [list(recording.end.header)] if recording.end.header else encoder.end(series):
+            await wire.send(message)
     return sent
 
 

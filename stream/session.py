@@ -22,7 +22,7 @@ from typing import Any
 
 from detectors.errors import ConfigurationError
 from detectors.messages import Message
-from detectors.registry import protocol_named
+from detectors.protocols.registry import protocol_named
 from stream.acquisition import Acquisition
 from stream.config import Layer
 from stream.decode import compile_ahead

@@ -83,7 +83,7 @@ def check_sums(sums: np.ndarray, frames: np.ndarray, bright: np.ndarray, good: n
         np.testing.assert_allclose(sums[:, at], expected, **{"rtol": 1e-13, **tolerance})
 
 
-@pytest.mark.parametrize("encoding", list(Encoding))
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_kind_of_frame(
@@ -198,7 +198,7 @@ def test_masked_pixels_that_are_not_numbers(executor: ThreadPoolExecutor) -> Non
 
 def damaged_payloads() -> dict[str, tuple[Encoding, bytes]]:
     frame = frames_of((13, 17), "<u2", "dense", 1)[0]
-    raw, packed, shuffled = (encode(frame, encoding) for encoding in Encoding)
+    raw, packed, shuffled = (encode(frame, encoding) for encoding in (Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4))
     group = 16
     return {
         "raw, empty": (Encoding.RAW, b""),

@@ -306,7 +306,7 @@ def test_flyback_frames_are_counted_outside_and_left_out() -> None:
         assert engine.counters == Counters(received=86, outside=26)
 
 
-@pytest.mark.parametrize("encoding", list(Encoding))
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4])
 def test_damaged_payloads_are_counted_and_their_good_copies_taken(encoding: Encoding) -> None:
     case = Case(scan=(5, 6))
     counts = case.counts()
@@ -725,7 +725,7 @@ def virtual_bright_field(case: Case, counts: np.ndarray) -> np.ndarray:
     return counts[:, :, (angle < case.semiangle) & case.good].sum(axis=2)
 
 
-@pytest.mark.parametrize("encoding", list(Encoding))
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4])
 @pytest.mark.parametrize("name", ["masked pixels", "transposed", "partly cut", "rotated by 90", "8 bit", "float"])
 def test_virtual_images_and_centre_of_mass(name: str, encoding: Encoding) -> None:
     case = CASES[name]

@@ -12,7 +12,7 @@ import numpy as np
 import stream
 from detectors import codec
 from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesStart
-from detectors.native import NativeDecoder
+from detectors.protocols.native import Decoder as NativeDecoder
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = (DOCS / "protocol.md").read_text(encoding="utf-8")

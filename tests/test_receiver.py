@@ -13,7 +13,9 @@ import zmq.asyncio
 
 from detectors.errors import ConfigurationError, ConnectionFailed
 from detectors.messages import Encoding, FrameBlock, SeriesStart, Undecodable
-from detectors.native import DTYPES, NativeDecoder, NativeEncoder
+from detectors.protocols.native import DTYPES
+from detectors.protocols.native import Decoder as NativeDecoder
+from detectors.protocols.native import Encoder as NativeEncoder
 from stream import intake
 from stream import receiver as receiver_module
 from stream.intake import Orphans, Silence, messages
@@ -314,10 +316,10 @@ def test_early_frames_are_kept_until_there_are_too_many(monkeypatch: pytest.Monk
     monkeypatch.setattr(intake, "_ORPHAN_BYTES", 100_000)
     orphans, encoder = Orphans(), NativeEncoder()
     for first in range(20):
-        for block in orphan_blocks(encoder.frames(1, first, [b"x" * 10_000], Encoding.RAW)):
+        for block in orphan_blocks(encoder.frames(1, first, [b"x" * 10_000], Encoding.RAW)[0]):
             orphans.keep(block)
     assert orphans.series == 1
-    for block in orphan_blocks(encoder.frames(2, 0, [b"y"], Encoding.RAW)):
+    for block in orphan_blocks(encoder.frames(2, 0, [b"y"], Encoding.RAW)[0]):
         orphans.keep(block)
     mine = orphans.claim(SeriesStart(1, (100, 100), DTYPES["uint8"]))
     kept = [int(index) for block in mine for index in block.indices]
@@ -331,7 +333,7 @@ def test_early_frames_without_content_take_room_too(monkeypatch: pytest.MonkeyPa
     # A message of 52 bytes may announce 65,536 empty frames, and each of them has a number, a place and a size.
     monkeypatch.setattr(intake, "_ORPHAN_BYTES", 4 << 20)
     orphans, encoder = Orphans(), NativeEncoder()
-    message = encoder.frames(1, 0, [b""] * 65_536, Encoding.RAW)
+    message = encoder.frames(1, 0, [b""] * 65_536, Encoding.RAW)[0]
     for _ in range(10):
         for block in orphan_blocks(message):
             orphans.keep(block)

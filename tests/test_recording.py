@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from detectors.codec import decode, encode
 from detectors.errors import DataFileError, ProtocolError
 from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesEnd, SeriesStart
-from detectors.native import NativeDecoder, NativeEncoder
+from detectors.protocols.native import Decoder as NativeDecoder
+from detectors.protocols.native import Encoder as NativeEncoder
 from stream.recording import Recorder, Recording, is_recording, open_recording
 from stream.recording.payload_check import whole_frames
 
@@ -39,7 +40,7 @@ def frames_of(dtype: str, count: int, shape: tuple[int, int] = SHAPE) -> np.ndar
 def start_of(dtype: str = "<u2", **changes: Any) -> SeriesStart:
     fields = {"series": 7, "detector_shape": SHAPE, "dtype": np.dtype(dtype), **changes}
     start = SeriesStart(**fields)
-    return start if "header" in changes else SeriesStart(**{**fields, "header": tuple(NativeEncoder().start(start))})
+    return start if "header" in changes else SeriesStart(**{**fields, "header": tuple(NativeEncoder().start(start)[0])})
 
 
 def block_of(
@@ -99,7 +100,7 @@ def child() -> Iterator[Callable[..., int]]:
 # what comes back
 
 
-@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_frames_come_back_as_they_came(path: Path, dtype: str, encoding: Encoding) -> None:
     frames = frames_of(dtype, 20) // 3  # few counts, so that LZ4 finds something to pack
@@ -176,7 +177,10 @@ def test_duplicates_and_disorder_are_recorded(path: Path) -> None:
 
 def test_damaged_payloads_are_kept_and_the_others_stay_readable(path: Path) -> None:
     frames = frames_of("<u2", 12)
-    good = {encoding: [encode(frame, encoding) for frame in frames] for encoding in Encoding}
+    good = {
+        encoding: [encode(frame, encoding) for frame in frames]
+        for encoding in (Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4)
+    }
     flipped = bytearray(good[Encoding.BSLZ4][1])
     flipped[16:18] = b"\xf0\xff"  # many more literals than there are
     blocks = [
@@ -210,8 +214,10 @@ def test_the_stream_recorded_is_the_stream_replayed(path: Path) -> None:
     encoder, decoder = NativeEncoder(), NativeDecoder()
     payloads = [encode(frame, Encoding.BSLZ4) for frame in frames_of("<u2", 40)]
     start = start_of(settings={"energy_kev": 200.0}, scan_shape=(5, 8), frames=40)
-    wire = [encoder.start(start), *(encoder.frames(7, i, payloads[i : i + 4], Encoding.BSLZ4) for i in range(0, 40, 4)),
-            encoder.end(7)]  # fmt: skip
+    wire = encoder.start(start)
+    for i in range(0, 40, 4):
+        wire += encoder.frames(7, i, payloads[i : i + 4], Encoding.BSLZ4)
+    wire += encoder.end(7)
     begun, blocks, ended = decoder.feed(ReceivedBatch.from_messages(wire, time_ns=5))
     assert isinstance(begun, SeriesStart)
     assert isinstance(blocks, FrameBlock)
@@ -522,7 +528,7 @@ def test_the_check_accepts_what_the_libraries_unpack(data: st.DataObject) -> Non
 
 def test_the_check_never_looks_beyond_the_slab() -> None:
     slab = np.frombuffer(struct.pack(">QII", 240, 8192, 4), np.uint8)
-    for encoding in Encoding:
+    for encoding in (Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4):
         offsets, sizes = np.array([-1, 0, 8, 0, 99]), np.array([16, 17, 240, -1, 0])
         block = FrameBlock(7, encoding, np.arange(5), offsets, sizes, slab)
         assert not whole_frames(block, 240, 2).any()

@@ -24,7 +24,7 @@ from detectors.messages import (
     SeriesStart,
 )
 from detectors.misbehaviour import Misbehaviour
-from detectors.native import NativeDecoder
+from detectors.protocols.native import Decoder as NativeDecoder
 from detectors.sender import SendReport, serve
 
 ADDRESS = "tcp://127.0.0.1:*"

@@ -182,7 +182,7 @@ def test_what_cannot_be_simulated_is_refused_in_a_sentence() -> None:
             replace(SMALL, **wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("encoding", list(Encoding))
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4])
 def test_an_encoded_source_packs_in_order_and_remembers(encoding: Encoding) -> None:
     scan = replace(SMALL, electrons_per_frame=300.0)
     source = EncodedSource(scan, encoding)
@@ -237,7 +237,7 @@ def test_misbehaviour_does_what_it_counts() -> None:
     assert out == list(replace(wrong).apply(frames))
 
 
-@pytest.mark.parametrize("encoding", list(Encoding))
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4])
 def test_corrupted_payloads_cannot_be_unpacked(encoding: Encoding) -> None:
     source = EncodedSource(replace(SMALL, electrons_per_frame=300.0), encoding)
     frames = ((first + i, p) for first, payloads in source.blocks() for i, p in enumerate(payloads))

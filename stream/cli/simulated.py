@@ -19,7 +19,7 @@ from rich.markup import escape
 from detectors.errors import ConfigurationError
 from detectors.messages import Encoding
 from detectors.misbehaviour import Misbehaviour
-from detectors.native import ENCODINGS
+from detectors.protocols.native import ENCODINGS
 from detectors.sender import SendReport, serve
 from detectors.simulation import SimulatedScan
 from detectors.source import EncodedSource, FrameMaker

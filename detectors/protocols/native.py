@@ -21,6 +21,7 @@ from detectors.messages import (
     Encoding,
     FrameBlock,
     Message,
+    OutgoingMessage,
     ReceivedBatch,
     SeriesEnd,
     SeriesId,
@@ -30,24 +31,38 @@ from detectors.messages import (
 
 _T = TypeVar("_T")
 
-VERSION = 1
+NAME = "native"
+SUMMARY = "msgpack over ZeroMQ, docs/protocol.md"
 PORT = 31000
+VERSION = 1
 
 #: Pixel types on the wire, all little-endian.
 DTYPES = {
     name: np.dtype(f"<{code}")
     for name, code in {"uint8": "u1", "uint16": "u2", "uint32": "u4", "float32": "f4"}.items()
 }
-ENCODINGS = {"raw": Encoding.RAW, "lz4": Encoding.LZ4, "bslz4": Encoding.BSLZ4}
+ENCODINGS = {"bslz4": Encoding.BSLZ4, "lz4": Encoding.LZ4, "raw": Encoding.RAW}
+
+_NAMES = {encoding: name for name, encoding in ENCODINGS.items()}
 
 #: No sane frame index or series length is larger; keeps a damaged header from asking for the impossible.
 _LARGEST_INDEX = 2**53
 _MAX_FRAMES_PER_MESSAGE = 65536
 _MAX_HEADER_BYTES = 16 << 20
-_START_KEYS = {"type", "version", "series", "detector_shape", "dtype", "scan_shape", "frames"}
+_START_KEYS = {
+    "type",
+    "version",
+    "series",
+    "detector_shape",
+    "dtype",
+    "scan_shape",
+    "frames",
+    "pixel_mask",
+    "maximum_is_masked",
+}
 
 
-class NativeDecoder:
+class Decoder:
     """Sans-IO decoder: see ``detectors.messages.StreamDecoder``. It keeps no state between batches."""
 
     def feed(self, batch: ReceivedBatch) -> list[Message]:
@@ -201,13 +216,32 @@ def _start(header: Mapping[str, Any], raw: bytes) -> SeriesStart:
     dtype = _choice(header, "dtype", DTYPES)
     frames = None if header.get("frames") is None else _integer(header, "frames", 1, _LARGEST_INDEX)
     settings = {key: value for key, value in header.items() if key not in _START_KEYS}
-    return SeriesStart(_series(header), detector_shape, dtype, _shape(header, "scan_shape"), frames, settings, (raw,))
+    return SeriesStart(
+        _series(header),
+        detector_shape,
+        dtype,
+        _shape(header, "scan_shape"),
+        frames,
+        settings,
+        (raw,),
+        pixel_mask=_pixel_mask(header, detector_shape),
+        maximum_is_masked=header.get("maximum_is_masked") is True and dtype.kind == "u",
+    )
 
 
-class NativeEncoder:
+def _pixel_mask(header: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray | None:
+    mask = header.get("pixel_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, bytes) or len(mask) != shape[0] * shape[1]:
+        raise ProtocolError(f"'pixel_mask' must be {shape[0] * shape[1]} bytes, one a pixel, 1 = good")
+    return np.frombuffer(mask, np.uint8).reshape(shape) != 0
+
+
+class Encoder:
     """The sending half: see ``detectors.messages.StreamEncoder``."""
 
-    def start(self, start: SeriesStart) -> list[bytes]:
+    def start(self, start: SeriesStart) -> list[OutgoingMessage]:
         header = {
             "type": "start",
             "version": VERSION,
@@ -216,22 +250,40 @@ class NativeEncoder:
             "dtype": start.dtype.name,
             "scan_shape": None if start.scan_shape is None else list(start.scan_shape),
             "frames": start.frames,
+            "pixel_mask": None if start.pixel_mask is None else start.pixel_mask.astype(np.uint8).tobytes(),
+            "maximum_is_masked": start.maximum_is_masked,
             **start.settings,
         }
-        return [msgpack.packb(header)]
+        return [[msgpack.packb(header)]]
 
     def frames(
-        self, series: SeriesId, first: int, payloads: Sequence[bytes | memoryview], encoding: Encoding
-    ) -> list[bytes | memoryview]:
+        self,
+        series: SeriesId,
+        first: int,
+        payloads: Sequence[bytes | memoryview],
+        encoding: Encoding,
+        *,
+        others: Sequence[tuple[Encoding, Sequence[bytes | memoryview]]] = (),
+        exposed_ns: Sequence[int] | None = None,
+    ) -> list[OutgoingMessage]:
         header = {
             "type": "frames",
             "series": series,
             "first": first,
             "count": len(payloads),
-            "encoding": encoding.name.lower(),
+            "encoding": _NAMES[encoding],
             "sizes": [memoryview(payload).nbytes for payload in payloads],
         }
-        return [msgpack.packb(header), payloads[0] if len(payloads) == 1 else b"".join(payloads)]
+        return [[msgpack.packb(header), payloads[0] if len(payloads) == 1 else b"".join(payloads)]]
 
-    def end(self, series: SeriesId) -> list[bytes]:
-        return [msgpack.packb({"type": "end", "series": series})]
+    def end(self, series: SeriesId) -> list[OutgoingMessage]:
+        return [[msgpack.packb({"type": "end", "series": series})]]
+
+
+def looks_like(part: bytes) -> bool:
+    """Whether a message's first part is a header of this protocol."""
+    try:
+        _unpack(memoryview(part))
+    except ProtocolError:
+        return False
+    return True

@@ -1,0 +1,68 @@
+"""What DECTRIS detectors say in the same words everywhere: Stream V1, Stream V2, the REST interface and their files.
+
+Source: DECTRIS SIMPLON API reference 1.8.0; NeXus NXdetector for the bits of the pixel mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import numpy as np
+
+#: Pixel types by the name that the detector gives them, all little-endian.
+DTYPES = {name: np.dtype(f"<{code}") for name, code in {"uint8": "u1", "uint16": "u2", "uint32": "u4"}.items()}
+
+#: Bits of the pixel mask that make a pixel unusable: gap, dead, under-responding, over-responding, noisy.
+_UNUSABLE = 0b11111
+
+#: Energies beyond are no electrons in a microscope [eV].
+_ENERGIES_EV = (1e3, 5e6)
+
+#: Keys of the detector's configuration that are kept for the record, under a name of ours.
+_KEPT = {
+    "description": "detector",
+    "detector_description": "detector",
+    "detector_number": "detector_number",
+    "detector_serial_number": "detector_number",
+    "eiger_fw_version": "firmware",
+    "software_version": "software_version",
+    "trigger_mode": "trigger_mode",
+    "count_time": "count_time_s",
+    "frame_time": "frame_time_s",
+    "threshold_energy": "threshold_energy_ev",
+    "flatfield_correction_applied": "flatfield_applied",
+    "flatfield_enabled": "flatfield_applied",
+    "user_data": "user_data",
+}
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a detector configuration (of whatever source, any key missing or None) tells.
+
+    ``energy_kev`` from ``incident_energy`` or ``photon_energy`` [eV], where it can be that of electrons;
+    ``frames_per_trigger`` where several triggers bring several frames each; the rest is provenance.
+    """
+    out: dict[str, Any] = {}
+    for key, name in _KEPT.items():
+        if config.get(key) is not None:
+            out.setdefault(name, config[key])
+    for key in ("incident_energy", "photon_energy"):
+        energy_ev = config.get(key)
+        if _is_number(energy_ev) and _ENERGIES_EV[0] <= energy_ev <= _ENERGIES_EV[1]:
+            out["energy_kev"] = float(energy_ev) / 1e3
+            break
+    images, triggers = config.get("nimages"), config.get("ntrigger")
+    if type(images) is int and type(triggers) is int and images > 1 and triggers > 1:
+        out["frames_per_trigger"] = images
+    return out
+
+
+def good_pixels(mask: np.ndarray) -> np.ndarray:
+    """A detector's pixel mask, integers (rows, columns) with a bit for each fault, as bool: True = good."""
+    return (mask & _UNUSABLE) == 0
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
