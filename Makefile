@@ -1,11 +1,11 @@
 # `make demo` runs the main job, `make test` passes the tests; both set everything up on a fresh machine.
-# Other targets: test-long, lint, bench, tutorial, clean.
+# Other targets: test-long, test-peers, lint, bench, tutorial, clean.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint bench tutorial system-libraries clean
+.PHONY: demo test test-long test-peers lint bench tutorial system-libraries clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.viewer system-libraries
@@ -16,6 +16,18 @@ test: $(VENV)/.dev system-libraries
 
 test-long: $(VENV)/.dev system-libraries
 	$(BIN)/python -m pytest -m long --timeout 900
+
+# Other people's detector simulators, each in an environment of its own: they contradict each other's requirements.
+test-peers: $(VENV)/.dev .peers/tickit/.done .peers/libertem/.done
+	$(BIN)/python -m pytest -m peers --timeout 600
+
+.peers/tickit/.done: PEER := tickit-devices 'cbor2<6'
+.peers/libertem/.done: PEER := libertem-live flask
+.peers/%/.done: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check virtualenv
+	$(BIN)/python -m virtualenv --quiet $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PEER)
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -61,4 +73,4 @@ system-libraries: $(VENV)/.viewer
 		echo 'Qt cannot be loaded, so the viewer will not start and its tests are skipped; ask an administrator for: apt-get install $(LIBRARIES)'
 
 clean:
-	rm -rf $(VENV) .bootstrap demo-output build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .peers .bootstrap demo-output build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

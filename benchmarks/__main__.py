@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from time import perf_counter
 
-NAMES = ("engine", "end_to_end", "latency", "setup_and_memory")
+NAMES = ("parsing", "engine", "end_to_end", "latency", "setup_and_memory")
 RESULTS = Path(__file__).parent / "results"
 
 

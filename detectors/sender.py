@@ -1,29 +1,29 @@
-"""The simulated detector's wire: frames from a source, spoken in a stream protocol, over ZeroMQ, at a set rate.
+"""The simulated detector: frames from a source, spoken in a stream protocol, over the protocol's wire, at a set rate.
 
-The pattern is that of the real detectors: a PUSH socket waits for its receiver and loses nothing; a PUB socket sends
-to whoever listens. Sending never blocks the event loop: messages go out in a tight loop of non-blocking sends, which
-yields every few milliseconds and waits for the socket only when ZeroMQ says that the receiver is behind.
+The pattern is that of the real detectors: a PUSH or TCP socket waits for its receiver and loses nothing; a PUB socket
+sends to whoever listens. Sending never blocks the event loop: messages go out in a tight loop of non-blocking sends,
+which yields every few milliseconds and waits for the wire only when the receiver is behind.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
-
-import zmq
+from typing import Literal, Protocol
 
 from detectors.errors import ConfigurationError
 from detectors.grouping import Group, message_groups
-from detectors.messages import OutgoingMessage, SeriesId, StreamEncoder
+from detectors.messages import Encoding, OutgoingMessage, SeriesId, SeriesStart, StreamEncoder
 from detectors.misbehaviour import Misbehaviour, MisbehaviourCounts
 from detectors.protocols.registry import protocol_named
 from detectors.source import FrameSource
-from detectors.wire import Wire
+from detectors.wire import Wire, open_wire, send
 
 #: The event loop gets its turn at least this often [s], and paced frames leave in bursts of this length.
 _TURN_S = 2e-3
@@ -31,6 +31,8 @@ _TURN_S = 2e-3
 _CATCH_UP_S = 0.1
 _REPEAT_START_S = 1.0
 _PROGRESS_S = 0.1
+#: With a trigger, an end message that nobody takes is given up after so long [s].
+_END_WAIT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,29 @@ class SendReport:
     misbehaviour: MisbehaviourCounts
 
 
+class Trigger(Protocol):
+    """What a simulated detector waits for: its control interface, on which somebody arms and triggers it."""
+
+    async def start_series(self) -> SeriesId | None:
+        """Wait until a series is to begin (arm, STARTACQUISITION), then its id; None: there will be no more.
+
+        Awaited before each start message.
+        """
+        ...
+
+    async def before_frames(self) -> None:
+        """Wait until frames are to come (trigger), or the series is ended without any. Awaited after the start."""
+        ...
+
+    def remaining(self, sent: int) -> int:
+        """How many more frames are wanted, with ``sent`` sent in this series; 0 ends it (done, disarmed, aborted),
+        ``sys.maxsize`` is for ever.
+
+        Asked often, also before the start message, which announces no more frames than ``remaining(0)``.
+        """
+        ...
+
+
 async def serve(
     source: FrameSource,
     address: str,
@@ -58,6 +83,7 @@ async def serve(
     rate: float | None = None,
     frames_per_message: int = 1,
     misbehaviour: Misbehaviour | None = None,
+    trigger: Trigger | None = None,
     ready: Callable[[str], object] | None = None,
     progress: Callable[[SendReport], object] | None = None,
     subscriber_wait_s: float = 5.0,
@@ -65,14 +91,17 @@ async def serve(
 ) -> SendReport:
     """Send ``passes`` passes of ``source`` (None: for ever) as one series, then the end message.
 
-    ``address``: a ZeroMQ endpoint such as ``tcp://127.0.0.1:31000``; bound, or connected to when ``bind`` is False.
-    ``tcp://127.0.0.1:*`` takes any free port; ``ready`` is called with the real endpoint (a future's ``set_result``
-    will do). ``rate``: frames per second, None for as fast as the receiver accepts. ``progress`` is called about ten
-    times a second and at the end.
+    ``address``: such as ``tcp://127.0.0.1:31000``; bound, or connected to when ``bind`` is False. ``tcp://127.0.0.1:*``
+    takes any free port; ``ready`` is called with the real endpoint (a future's ``set_result`` will do). ``rate``:
+    frames per second, None for as fast as the receiver accepts. ``progress`` is called about ten times a second and at
+    the end.
 
     ``pattern="push"`` waits for a receiver, however long that takes. ``"pub"`` waits for a subscriber for at most
     ``subscriber_wait_s`` and repeats the start message about once a second for those who come later; a subscriber that
     falls behind slows the sender down and loses nothing.
+
+    With a ``trigger``, the source is sent once for every series that is armed there, under the id given there, and the
+    report is about all of them together.
 
     Returns when everything has been delivered, or ``linger_s`` after the last frame. Cancelling it ends it at once.
     Raises ``ConfigurationError`` for values out of range and ``ConnectionFailed`` when the address cannot be used.
@@ -81,82 +110,121 @@ async def serve(
         raise ConfigurationError(f"the frame rate must be positive, got {rate!r}")
     if frames_per_message < 1 or (passes is not None and passes < 1):
         raise ConfigurationError("passes and frames_per_message must be at least 1")
-    if pattern not in ("push", "pub"):
-        raise ConfigurationError(f"unknown socket pattern {pattern!r}; known are push, pub")
-    encoder = protocol_named(protocol).encoder()
+    spoken = protocol_named(protocol)
+    wire = open_wire(spoken, address, pattern=pattern, bind=bind)
     counts = MisbehaviourCounts()
-    start = source.start(series)
-    start = dataclasses.replace(start, frames=None if passes is None else passes * source.frames_per_pass)
-    wire = Wire(pattern, address, bind)
+    sending = _Sending(wire, spoken.encoder(), source.encoding, rate, counts, trigger, progress)
     try:
         if ready is not None:
             ready(wire.endpoint)
-        if pattern == "pub":
-            await wire.wait_for(zmq.POLLIN, subscriber_wait_s)
-        sending = _Sending(wire, encoder, encoder.start(start), series, source, rate, counts, progress)
-        ahead = _WorkAhead(message_groups(source, passes, frames_per_message, misbehaviour, counts))
-        try:
-            await sending.announce()
-            while (batch := await ahead.next()) is not None:
-                await sending.send(batch)
-        finally:
-            ahead.close()
-        if misbehaviour is None or misbehaviour.ends(counts):
-            for message in encoder.end(series):
-                await wire.send(message)
-        report = sending.report()
+        await wire.wait_for_subscriber(subscriber_wait_s)
+        armed: SeriesId | None = series if trigger is None else await trigger.start_series()
+        while armed is not None:
+            start = source.start(armed)
+            wanted = sys.maxsize if passes is None else passes * source.frames_per_pass
+            if trigger is not None:
+                wanted = min(wanted, trigger.remaining(0))
+            groups = message_groups(source, passes, frames_per_message, misbehaviour, counts)
+            await sending.series(
+                dataclasses.replace(start, frames=None if wanted == sys.maxsize else wanted), groups, misbehaviour
+            )
+            armed = None if trigger is None else await trigger.start_series()
         if progress is not None:
-            progress(report)
+            progress(sending.report())
         await wire.flush(linger_s)
-        return report
+        return sending.report()
     finally:
         wire.close()
 
 
 class _Sending:
-    """The state of one series under way: pace, counters, repeated start messages."""
+    """What is under way on a wire: pace, counters, repeated start messages."""
 
     def __init__(
         self,
         wire: Wire,
         encoder: StreamEncoder,
-        start_messages: list[OutgoingMessage],
-        series: SeriesId,
-        source: FrameSource,
+        encoding: Encoding,
         rate: float | None,
         counts: MisbehaviourCounts,
+        trigger: Trigger | None,
         progress: Callable[[SendReport], object] | None,
     ) -> None:
-        self.wire, self.encoder, self.start_messages = wire, encoder, start_messages
-        self.series, self.encoding = series, source.encoding
-        self.rate, self.counts, self.progress = rate, counts, progress
+        self.wire, self.encoder, self.encoding = wire, encoder, encoding
+        self.rate, self.counts, self.trigger, self.progress = rate, counts, trigger, progress
+        self.start_messages: list[OutgoingMessage] = []
         self.frames = self.messages = self.payload_bytes = 0
+        self.sent_before, self.seconds_before = 0, 0.0
+        """frames and time of the series before this one"""
         self.began: float | None = None
         # Frames are due at scheduled + n / rate, counted from the last time that the schedule had to be given up.
         self.scheduled, self.sent_on_schedule = 0.0, 0
         self.next_turn = self.next_start = self.next_progress = 0.0
 
     def report(self) -> SendReport:
-        seconds = 0.0 if self.began is None else time.perf_counter() - self.began
+        seconds = self.seconds_before + (0.0 if self.began is None else time.perf_counter() - self.began)
         return SendReport(self.frames, self.messages, self.payload_bytes, seconds, dataclasses.replace(self.counts))
+
+    async def series(
+        self, start: SeriesStart, groups: Generator[list[Group], None, None], misbehaviour: Misbehaviour | None
+    ) -> None:
+        """Send one series, from start to end."""
+        self.sent_before = self.frames
+        self.start_messages = self.encoder.start(start)
+        ahead = _WorkAhead(groups)
+        try:
+            await self.announce()
+            if self.trigger is not None:
+                await self.trigger.before_frames()
+            self.began = self.scheduled = time.perf_counter()  # the start message is through: there is a receiver
+            self.sent_on_schedule = self.frames
+            self.next_turn, self.next_start = self.began + _TURN_S, self.began + _REPEAT_START_S
+            while self.remaining and (batch := await ahead.next()) is not None:
+                await self.send(start.series, batch)
+        finally:
+            ahead.close()
+        if misbehaviour is None or misbehaviour.ends(self.counts):
+            for message in self.encoder.end(start.series):
+                await self._end(message)
+        self.seconds_before += time.perf_counter() - self.began
+        self.began = None
+
+    @property
+    def remaining(self) -> int:
+        """Frames that this series may still send."""
+        return sys.maxsize if self.trigger is None else self.trigger.remaining(self.frames - self.sent_before)
 
     async def announce(self) -> None:
         """Send the start of the series."""
         for message in self.start_messages:
-            await self.wire.send(message)
+            await self._put(message)
 
-    async def send(self, batch: list[Group]) -> None:
-        if self.began is None:  # the start message is through: there is a receiver
-            self.began = self.scheduled = time.perf_counter()
-            self.next_turn, self.next_start = self.began + _TURN_S, self.began + _REPEAT_START_S
+    async def _put(self, message: OutgoingMessage) -> bool:
+        """Send a message, waiting for a receiver with room for it; False if the series is ended meanwhile."""
+        while not self.wire.try_send(message):
+            if not self.remaining:
+                return False
+            await self.wire.wait(1.0)
+        return True
+
+    async def _end(self, message: OutgoingMessage) -> None:
+        """Send an end message; whoever armed and ended a series without a receiver wants the next one, and no wait."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if self.trigger is None else _END_WAIT_S):
+                await send(self.wire, message)
+
+    async def send(self, series: SeriesId, batch: list[Group]) -> None:
         credit = 0
-        for first, payloads in batch:
+        for first, group in batch:
             if credit <= 0:
-                credit = await self._credit(len(payloads))
-            messages = self.encoder.frames(self.series, first, payloads, self.encoding)
-            for parts in messages:
-                if not self.wire.try_send(parts):
-                    await self.wire.send(parts)
+                credit = await self._credit(len(group))
+            payloads = group if self.trigger is None else group[: self.remaining]
+            if not payloads:
+                return
+            messages = self.encoder.frames(series, first, payloads, self.encoding)
+            for message in messages:
+                if not self.wire.try_send(message) and not await self._put(message):
+                    return
             credit -= len(payloads)
             self.frames += len(payloads)
             self.messages += len(messages)

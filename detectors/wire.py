@@ -1,110 +1,67 @@
-"""The sending end of a stream: one ZeroMQ socket that waits for its receiver and drops nothing."""
+"""The sending end of a stream, whatever carries it: waits for its receiver and drops nothing."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import errno
-import threading
 from collections.abc import Sequence
+from typing import Protocol
 
-import zmq
-import zmq.asyncio
-
-from detectors.errors import ConnectionFailed
+from detectors.errors import ConfigurationError
+from detectors.protocols.registry import StreamProtocol
 from detectors.source import Payload
+from detectors.tcp_wire import TcpWire
+from detectors.zmq_wire import ZmqWire
 
-#: Smaller parts are copied into ZeroMQ's own memory: cheaper than keeping track of them.
-_COPY_BELOW_BYTES = 1 << 16
+#: The ways of sending: to one receiver that is waited for, or to whoever listens.
+PATTERNS = ("push", "pub")
 
 
-class Wire:
-    """One ZeroMQ socket in a context of its own, so that leaving can wait for delivery.
+class Wire(Protocol):
+    """Sends messages, each a sequence of parts. ``endpoint``: the address with its real port number; ``publishes``:
+    to whoever listens, so that late ones must be told the start again."""
 
-    ``pattern``: ``push`` or ``pub``; ``address`` is bound, or connected to without ``bind``. Raises
-    ``ConnectionFailed`` when the address cannot be used.
-    """
-
-    def __init__(self, pattern: str, address: str, bind: bool) -> None:
-        self.publishes = pattern == "pub"
-        self.context = zmq.asyncio.Context()
-        # XPUB is PUB as seen from outside; it alone tells when a subscriber is there.
-        self.socket: zmq.asyncio.Socket = self.context.socket(zmq.XPUB if self.publishes else zmq.PUSH)
-        # The asyncio socket waits, this view of the same socket sends: a future for each message would be too slow.
-        self.plain: zmq.Socket[bytes] = zmq.Socket.shadow(self.socket)
-        self.closed = False
-        try:
-            self.socket.setsockopt(zmq.LINGER, 0)
-            if self.publishes:
-                self.socket.setsockopt(zmq.XPUB_NODROP, 1)
-            else:
-                self.socket.setsockopt(zmq.IMMEDIATE, 1)  # never queue for a peer that is not there yet
-            if bind:
-                self.socket.bind(address)
-            else:
-                self.socket.connect(address)
-            self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        except zmq.ZMQError as error:
-            self.close()
-            raise ConnectionFailed(_why(error, address, bind)) from error
+    endpoint: str
+    publishes: bool
 
     def try_send(self, parts: Sequence[Payload]) -> bool:
         """Send a message if there is room for it now."""
-        send, last = self.plain.send, len(parts) - 1
-        try:
-            for i, part in enumerate(parts):
-                flags = zmq.NOBLOCK if i == last else zmq.NOBLOCK | zmq.SNDMORE
-                send(part, flags, copy=len(part) < _COPY_BELOW_BYTES)
-        except zmq.Again:
-            # Only a first part is ever refused: ZeroMQ takes or refuses whole messages.
-            return False
-        return True
+        ...
 
-    async def send(self, parts: Sequence[Payload]) -> None:
-        """Send a message as soon as there is a receiver with room for it."""
-        while not self.try_send(parts):
-            await self.wait_for(zmq.POLLOUT, 1.0)
+    async def wait(self, timeout_s: float) -> None:
+        """Wait until there may be room for a message, or until the timeout."""
+        ...
 
-    async def wait_for(self, event: int, timeout_s: float) -> None:
-        """Wait until the socket can send (``POLLOUT``) or has something to say (``POLLIN``), or until the timeout."""
-        poller = zmq.asyncio.Poller()
-        poller.register(self.socket, event)
-        await poller.poll(int(1000 * timeout_s))
+    async def wait_for_subscriber(self, timeout_s: float) -> None:
+        """Where this wire publishes: wait until somebody listens, or until the timeout."""
+        ...
 
     async def flush(self, linger_s: float) -> None:
         """Close, and wait until the receiver has everything or ``linger_s`` is over."""
-        loop = asyncio.get_running_loop()
-        delivered: asyncio.Future[None] = loop.create_future()
-
-        def wait() -> None:
-            self.context.term()
-            with contextlib.suppress(RuntimeError):  # the loop may be gone by now, with nobody left to tell
-                loop.call_soon_threadsafe(_settle, delivered)
-
-        self.closed = True
-        self.socket.close(linger=int(1000 * linger_s))
-        # A daemon thread and not an executor's: nobody waits for it when the user has had enough.
-        threading.Thread(target=wait, name="zmq-linger", daemon=True).start()
-        await delivered
+        ...
 
     def close(self) -> None:
         """Close at once, dropping what has not been delivered."""
-        if not self.closed:
-            self.closed = True
-            self.socket.close(linger=0)
-            self.context.term()
+        ...
 
 
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def open_wire(protocol: StreamProtocol, address: str, *, pattern: str = "push", bind: bool = True) -> Wire:
+    """The wire that a protocol is sent on. Call it on the event loop.
+
+    ``address`` is bound, or connected to without ``bind``. Raises ``ConnectionFailed`` when it cannot be used, and
+    ``ConfigurationError`` for what the protocol's transport does not know.
+    """
+    if pattern not in PATTERNS:
+        raise ConfigurationError(f"unknown socket pattern {pattern!r}; known are {', '.join(PATTERNS)}")
+    if protocol.framing is None:
+        return ZmqWire(pattern, address, bind)
+    if pattern != "push" or not bind:
+        raise ConfigurationError(
+            f"{protocol.name} is sent over plain TCP: the detector waits for one client to connect; it cannot "
+            + ("publish to several" if bind else "connect by itself")
+        )
+    return TcpWire(address, protocol.default_port)
 
 
-def _why(error: zmq.ZMQError, address: str, bind: bool) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"cannot send from {address}: another program uses this port; choose another port or end that program"
-    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
-        return f"cannot send from {address}: this computer has no such network address; use tcp://*:PORT"
-    if error.errno in (errno.EINVAL, errno.EPROTONOSUPPORT):
-        return f"{address!r} is not a ZeroMQ address; expected something like tcp://127.0.0.1:31000"
-    return f"cannot {'send from' if bind else 'connect to'} {address}: {error.strerror}"
+async def send(wire: Wire, parts: Sequence[Payload]) -> None:
+    """Send a message as soon as there is a receiver with room for it."""
+    while not wire.try_send(parts):
+        await wire.wait(1.0)

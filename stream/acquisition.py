@@ -14,12 +14,12 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
-import numpy as np
-
 from detectors.errors import ConnectionFailed, DataFileError, LiveptychoError
 from detectors.messages import FrameBlock, Message, SeriesEnd, SeriesId, SeriesStart, Undecodable
 from stream.array import choose_device
+from stream.control import DetectorFacts
 from stream.intake import Orphans, Silence
+from stream.neighbours import GapPattern
 from stream.reconstruction import Reconstruction
 from stream.recording import Recorder
 from stream.result import Result
@@ -61,12 +61,19 @@ class Acquisition:
         self._dropped = 0
         self._series_count = 0
         self._ending = False
-        self._beyond = 0
+        self.facts = DetectorFacts()
+        """what the detector says of itself beside its stream"""
+        self._gaps = GapPattern()
 
     @property
     def unclaimed(self) -> int:
         """Frames that belonged to no series in progress, and were dropped."""
         return self._dropped + self._orphans.lost
+
+    @property
+    def told(self) -> str:
+        """The sentence for the user, or what the frames' numbers look like."""
+        return self.message or (self._gaps.sentence if self.state == "scanning" else "")
 
     def set_state(self, state: str, message: str) -> None:
         """Enter a state (see ``Snapshot``), with a sentence for the user."""
@@ -96,20 +103,26 @@ class Acquisition:
                 self._recorder.undecodable(1)
         return False
 
+    def drop(self, item: Message | Silence) -> None:
+        """Leave out a message of a series that is not wanted; its frames are counted."""
+        self._dropped += len(item) if isinstance(item, FrameBlock) else 0
+
     async def _start(self, start: SeriesStart) -> bool:
+        start = self.facts.added_to(start)
         # Publishers repeat their start for those who come late; one that was refused is refused until it differs.
-        underway = self.active and self.run is not None and start.header == self.run.start.header
-        if underway or (self._refused is not None and start.header == self._refused.header):
+        # Both series and header: a detector may begin two series with the very same bytes, or with none.
+        known = [self.run.start if self.active and self.run is not None else None, self._refused]
+        if any(old is not None and (old.series, old.header) == (start.series, start.header) for old in known):
             return False
         if self._recording_only is not None:
             await self._end_recording(None)
         if self.active:
+            # An aborted series, or the rest of an old one: the newest is the one that is wanted.
             await self.finish(f"series {start.series} began before its end")
-            if not self.options.follow:
-                return True
         self.close()
         self._series_count += 1
-        self._refused, self._ending, self._beyond = None, False, 0
+        self._refused, self._ending = None, False
+        self._gaps = GapPattern()
         options = self.options
         try:
             if options.record is not None:
@@ -185,7 +198,7 @@ class Acquisition:
         run = self.run
         if self._only_records(block.series):
             assert self._recorder is not None
-            self.rate.count(len(block), int(block.sizes.sum()))
+            self.rate.count(len(block), block.payload_bytes)
             await in_threads(partial(self._recorder.write, block))
             return False
         if not self.active or run is None or block.series != run.start.series:
@@ -197,7 +210,8 @@ class Acquisition:
                 self.message = f"frames of series {block.series} arrive, but its start message did not come (yet)"
             self.changed = True
             return False
-        self.rate.count(len(block), int(block.sizes.sum()))
+        self.rate.count(len(block), block.payload_bytes)
+        self._gaps.take(block.indices)
         try:
             # Recording and decoding read the same memory at the same time; both must be done before it is reused.
             work: list[Callable[[], object]] = [partial(run.add, block)]
@@ -210,9 +224,9 @@ class Acquisition:
             self.set_state("scanning", "")
         self.changed = True
         self.rows.set()
-        return await self._finish_if_complete(block)
+        return await self._finish_if_complete()
 
-    async def _finish_if_complete(self, block: FrameBlock) -> bool:
+    async def _finish_if_complete(self) -> bool:
         run = self.run
         assert run is not None
         if run.engine is None:
@@ -224,8 +238,7 @@ class Acquisition:
         # what is missing by then (a row's worth of frames later, for those that come late) will not come.
         done = run.engine.passes_done >= passes
         self._ending = self._ending or done
-        self._beyond += int(np.count_nonzero(block.indices >= passes * scan.frames_per_pass))
-        if self._beyond > (0 if done else scan.shape[1]):
+        if run.engine.beyond > (0 if done else scan.shape[1]):
             await self.finish("")
             return True
         return False
@@ -303,7 +316,11 @@ class Acquisition:
         if not counters.received:
             self.incomplete = incomplete = incomplete or "it ended before any frame came"
         lost = f"{counters.missing} frames missing" if counters.missing else "complete"
-        self.set_state(state, incomplete or f"series {run.start.series}: {lost}")
+        told = incomplete or f"series {run.start.series}: {lost}"
+        if counters.missing and self._gaps.sentence:
+            told = f"{told}; {self._gaps.sentence}"
+            self.incomplete = told
+        self.set_state(state, told)
 
     async def stop(self) -> None:
         """The user has had enough: what has come so far is finished and saved."""

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from detectors import codec
+from detectors.addresses import host_and_port
 from detectors.errors import LiveptychoError, ProtocolError
 from detectors.messages import FrameBlock, SeriesEnd, SeriesStart, Undecodable
-from detectors.protocols.registry import protocol_named
+from detectors.protocols.registry import StreamProtocol, protocol_named
 from stream.config import Layer
 from stream.intake import Silence, messages
+from stream.neighbours import GapPattern
 from stream.parameters import Resolution
-from stream.receiver import Receiver
-
-#: The first bytes that a ZeroMQ peer sends: signature, 8 bytes, 0x7F, and its major version (ZMTP 3.x, RFC 23).
-_ZMTP_SIGNATURE = (0xFF, 0x7F)
-
+from stream.probe import Answer, advice, is_zeromq, probe
+from stream.receiving import open_receiver
 
 #: Frames of each block that are unpacked.
 _TRIED = 16
+
+
+#: Nobody is there if there is no connection after so long [s].
+_CONNECT_S = 3.0
+
+#: Which ZeroMQ sockets each pattern receives from, and what to say where the other one is needed.
+_SENDERS = {"pull": ("PUSH",), "sub": ("PUB", "XPUB")}
+_FLAGS = {"pull": "the detector does not publish, leave --sub out", "sub": "the detector publishes, use --sub"}
+
+_TCP_HINT = " (Merlin's data port, perhaps: use --protocol merlin)"
 
 
 @dataclass(frozen=True)
@@ -35,79 +40,91 @@ class Finding:
     text: str
 
 
+_UNSEEN = [Finding(name, "-", "not looked at") for name in ("messages", "start", "frames", "settings", "end")]
+
+
 async def check_address(
     address: str, *, protocol: str = "native", bind: bool = False, pattern: str = "pull", timeout_s: float = 5.0
 ) -> list[Finding]:
     """Listen at ``address`` for up to ``timeout_s`` seconds and say what came. Raises ``LiveptychoError`` only for an
     unknown protocol or pattern."""
-    decoder = protocol_named(protocol).decoder
+    spoken = protocol_named(protocol)
+    receiver = open_receiver(spoken, [address], bind=bind, pattern=pattern)
+    over_tcp = spoken.framing is not None
     findings = []
-    if not bind:
-        reach = await _reach(address, min(timeout_s, 3.0))
-        findings.append(reach)
-        if reach.verdict == "ERROR":
-            return findings + [
-                Finding(name, "-", "not looked at") for name in ("messages", "start", "frames", "settings", "end")
-            ]
+    # Over plain TCP there may be one client only, and what is sent meanwhile is lost: there, listening comes first.
+    if not (bind or over_tcp):
+        findings.append(await _reach(address, spoken, pattern, timeout_s))
+        if findings[-1].verdict == "ERROR":
+            return findings + _UNSEEN
     seen = _Seen()
     try:
-        async with Receiver([address], bind=bind, pattern=pattern) as receiver:
+        async with receiver:
             deadline = time.monotonic() + timeout_s
-            stream = messages(receiver, decoder, tick_s=0.1)
+            stream = messages(receiver, spoken, tick_s=0.1)
             try:
                 async for item in stream:
                     seen.take(item)
-                    if seen.enough or time.monotonic() > deadline:
+                    nobody = isinstance(item, Silence) and item.seconds >= _CONNECT_S and receiver.link
+                    if seen.enough or nobody or time.monotonic() > deadline:
                         break
             finally:
                 await stream.aclose()
     except LiveptychoError as error:
-        return [*findings, Finding("socket", "ERROR", str(error))]
+        return [*findings, Finding("connection" if over_tcp else "socket", "ERROR", str(error))]
+    if over_tcp:
+        findings.append(
+            Finding("connection", "OK", f"a TCP connection to {receiver.endpoints[0]}")
+            if seen.understood
+            else await _reach(address, spoken, pattern, timeout_s, receiver.first_stray)
+        )
+        if findings[-1].verdict == "ERROR":
+            return findings + _UNSEEN
     return findings + seen.findings(protocol, timeout_s)
 
 
-async def _reach(address: str, timeout_s: float) -> Finding:
-    """Is anybody there, and does it speak ZeroMQ? A plain connection tells, before any message is taken."""
+async def _reach(address: str, protocol: StreamProtocol, pattern: str, timeout_s: float, said: bytes = b"") -> Finding:
+    """Is anybody there, and does it speak the protocol's transport? ``said``: what came from there, if that is known
+    already; otherwise a connection of its own tells, before any message is taken."""
+
+    def finding(verdict: str, text: str) -> Finding:
+        return Finding("connection", verdict, text)
+
     scheme = address.partition("://")[0]
+    if scheme in ("ipc", "inproc"):
+        return finding("-", f"{scheme} addresses are not probed")
     try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if scheme != "tcp" or not host or port is None:
-        if scheme in ("ipc", "inproc"):
-            return Finding("connection", "-", f"{scheme} addresses are not probed")
-        return Finding("connection", "ERROR", f"{address!r} is not an address; write tcp://HOST:PORT")
-    try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, port)
-    except TimeoutError:
-        return Finding(
-            "connection", "ERROR", f"{host} does not answer: is it switched on, and does a firewall block port {port}?"
-        )
-    except (socket.gaierror, UnicodeError):
-        return Finding("connection", "ERROR", f"there is no host called {host!r}")
-    except OSError:
-        return Finding(
-            "connection",
+        host, port = host_and_port(address, None if protocol.framing is None else protocol.default_port)
+    except LiveptychoError as error:
+        return finding("ERROR", str(error))
+    there = f"{host} port {port}"
+    answer = Answer(said=said) if said else await probe(host, port, protocol, min(timeout_s, _CONNECT_S))
+    if answer.nobody:
+        hint = "" if protocol.framing else " (if the detector connects to this program instead, use --bind)"
+        return finding("ERROR", answer.nobody + hint)
+    if is_zeromq(answer.said) and protocol.framing is None:
+        if answer.socket_type in _SENDERS[pattern] or not answer.socket_type:
+            return finding("OK", f"a ZeroMQ socket answers on {there}")
+        right = next((flag for name, flag in _FLAGS.items() if answer.socket_type in _SENDERS[name]), "")
+        return finding(
             "ERROR",
-            f"nobody listens on {host} port {port}: is the detector's stream switched on? (if the "
-            "detector connects to this program instead, use --bind)",
+            f"a ZeroMQ {answer.socket_type} socket answers on {there}: {right or 'it sends no frames; check the port'}",
         )
-    greeting = b""
-    with suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
-        async with asyncio.timeout(1.0):
-            greeting = await reader.readexactly(10)
-    writer.close()
-    with suppress(OSError):
-        await writer.wait_closed()
-    if len(greeting) == 10 and (greeting[0], greeting[9]) == _ZMTP_SIGNATURE:
-        return Finding("connection", "OK", f"a ZeroMQ socket answers on {host} port {port}")
-    what = "says nothing by itself (an HTTP server, perhaps)" if not greeting else f"begins with {greeting!r}"
-    return Finding(
-        "connection",
+    if text := advice(protocol, answer.said or answer.replied):
+        return finding("ERROR", f"{there}: {text}")
+    if protocol.framing is not None and not answer.said:
+        if protocol.looks_like(answer.replied):
+            return finding(
+                "ERROR",
+                f"{there} answers commands: it is the control port; frames come from another one, usually "
+                f"{protocol.default_port}",
+            )
+        return finding("OK", f"a TCP server takes the connection on {there}")
+    what = f"begins with {answer.said[:10]!r}" if answer.said else "says nothing by itself"
+    return finding(
         "ERROR",
-        f"something on {host} port {port} answers, but not ZeroMQ: it {what}; check the port number",
+        f"something on {there} answers, but not {'ZeroMQ' if protocol.framing is None else protocol.name}: it {what}"
+        f"{_TCP_HINT if protocol.framing is None and not answer.said else ''}; check the port number",
     )
 
 
@@ -119,6 +136,7 @@ class _Seen:
         self.frames = self.blocks = self.ends = self.unreadable = 0
         self.reason = ""
         self.lowest = self.highest = -1
+        self.gaps = GapPattern()
         self.tried = self.damaged = 0
         self.damage = ""
         self.encoding = ""
@@ -130,12 +148,13 @@ class _Seen:
             self.frames += len(item)
             self._try_some(item)
             self.encoding = item.encoding.name.lower()
+            self.gaps.take(item.indices)
             self.highest = max(self.highest, int(item.indices.max()))
             self.lowest = int(item.indices.min()) if self.lowest < 0 else min(self.lowest, int(item.indices.min()))
         elif isinstance(item, SeriesEnd):
             self.ends += 1
         elif isinstance(item, Undecodable):
-            self.unreadable += 1
+            self.unreadable += max(1, item.frames)
             self.reason = item.reason
         else:
             assert isinstance(item, Silence)
@@ -154,11 +173,16 @@ class _Seen:
                 self.damage = str(error)
 
     @property
+    def understood(self) -> bool:
+        """Whether there was anything of the expected protocol."""
+        return bool(self.starts or self.frames or self.ends)
+
+    @property
     def enough(self) -> bool:
         return self.ends > 0 or self.unreadable >= 20
 
     def findings(self, protocol: str, timeout_s: float) -> list[Finding]:
-        if not (self.starts or self.frames or self.ends or self.unreadable):
+        if not (self.understood or self.unreadable):
             advice = "nothing came: is a series armed and triggered? Another client may be taking the messages"
             return [Finding("messages", "TIMEOUT", f"{advice} (waited {timeout_s:g} s)")]
         out = []
@@ -167,7 +191,8 @@ class _Seen:
                 Finding(
                     "messages",
                     "ERROR",
-                    f"{self.unreadable} message(s) are not {protocol}: {self.reason}; is another --protocol spoken?",
+                    f"{self.unreadable} message(s) are not {protocol}: {self.reason}"
+                    + ("" if "--protocol" in self.reason else "; is another --protocol spoken?"),
                 )
             )
         else:
@@ -195,8 +220,8 @@ class _Seen:
             return Finding("frames", "TIMEOUT", "no frames: is the detector triggered?")
         span = self.highest - self.lowest + 1
         text = f"{self.frames} frames ({self.encoding}), numbers {self.lowest} to {self.highest}"
-        if 0.4 < self.frames / span < 0.6 and span > 10:
-            return Finding("frames", "ERROR", f"{text}: every second frame is missing: is another client connected?")
+        if self.gaps.sentence:
+            return Finding("frames", "ERROR", f"{text}: {self.gaps.sentence}")
         if self.damaged:
             return Finding(
                 "frames", "ERROR", f"{text}: {self.damaged} of {self.tried} looked at are damaged: {self.damage}"
@@ -211,7 +236,7 @@ class _Seen:
         start = self.starts[-1]
         own = dict(start.settings, **({} if start.scan_shape is None else {"scan_shape": start.scan_shape}))
         try:
-            Resolution([Layer.of("stream", own, ignore_unknown=True)]).require()
+            Resolution([Layer.of("stream", own, ignore_unknown=True)], start.frames).require()
         except LiveptychoError as error:
             return [Finding("settings", "-", f"`live` will need more than the stream says; {error}")]
         return [Finding("settings", "OK", "the stream says everything that `live` needs")]

@@ -10,14 +10,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from detectors.errors import ConfigurationError
 from stream.kernels import method_named
-from stream.optics import Aberrations
+from stream.optics import ORIENTATIONS, Aberrations
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -51,7 +51,10 @@ def _two(low: float, high: float) -> Any:
     return Annotated[tuple[_number(low, high), _number(low, high)], BeforeValidator(_pair)]  # type: ignore[misc]
 
 
-_Count = Annotated[int, Field(ge=1, le=65536)]
+#: Most rows, and most columns, of a scan.
+MOST_ROWS = 65536
+
+_Count = Annotated[int, Field(ge=1, le=MOST_ROWS)]
 
 
 class Settings(BaseModel):
@@ -95,6 +98,16 @@ class Settings(BaseModel):
     """every second scan row runs backwards"""
     positions: str | None = None
     """file (.npy or text) with the (row, column) of each frame, negative for none; instead of a raster"""
+    start_offset: Annotated[int, Field(ge=-(1 << 40), le=1 << 40)] | None = None
+    """frames before the first position, once a series; below 0: positions before the first frame"""
+    frames_per_trigger: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    """frames that the detector takes for each trigger; several: a line trigger, that is as many for each row"""
+    row_starts: Literal["index", "time-gaps"] | None = None
+    """``index``: rows follow from the frames' numbers; ``time-gaps``: from pauses between the exposures"""
+    orientation: Literal[tuple(ORIENTATIONS)] | None = None  # type: ignore[valid-type]
+    """how the frames as sent lie on the detector: see ``stream.optics.ORIENTATIONS``"""
+    channel: str | None = None
+    """of several thresholds the one to reconstruct, by its name in the stream; ``A-B`` for a difference of two"""
     averaging: bool | None = None
     """average the passes instead of letting the newest replace the others"""
 

@@ -35,8 +35,7 @@ class _Worker:
 
     def __init__(self, pixels: int, width: int, dtype: np.dtype) -> None:
         wide = np.dtype("f8") if dtype.kind == "f" else np.dtype("u4") if dtype.itemsize < 4 else np.dtype("u8")
-        self.frame = np.zeros(pixels, dtype)
-        self.planes = np.zeros(pixels * dtype.itemsize + 8, np.uint8)
+        self.scratch = (np.zeros(pixels, dtype), np.zeros(pixels, dtype), np.zeros(pixels * dtype.itemsize, np.uint8))
         self.pattern = np.zeros(pixels, wide)
         self.column_sums = np.zeros(width, wide)
         self.frames = 0
@@ -46,7 +45,8 @@ class FrameDecoder:
     """Decodes blocks of frames of one detector into rows of bright-field pixels and sums.
 
     ``detector_shape`` (rows, columns), ``dtype`` u1/u2/u4/f4, ``bf_pixels`` int64 (K,) ascending flat indices, ``good``
-    bool ``detector_shape`` (False = masked: counts as 0 everywhere). ``threads`` workers share each block.
+    bool ``detector_shape`` (False = masked: counts as 0 everywhere). ``threads`` workers share each block. With
+    ``maximum_is_masked`` pixels of the largest value that ``dtype`` has count as 0 too, frame by frame; f4 has none.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class FrameDecoder:
         good: np.ndarray,
         executor: Executor,
         threads: int,
+        *,
+        maximum_is_masked: bool = False,
     ) -> None:
         pixels = detector_shape[0] * detector_shape[1]
         bad = np.flatnonzero(~good.ravel())
@@ -66,7 +68,9 @@ class FrameDecoder:
         self.detector_shape = detector_shape
         self.dtype = dtype
         self.sums_dtype = np.dtype("f8") if dtype.kind == "f" else np.dtype("i8")
-        self._plan = (bf_pixels.astype(np.int64), bf_slot, bad.astype(np.int64), detector_shape[1])
+        is_float = dtype.kind == "f"
+        masked = np.array([np.iinfo(dtype).max] if maximum_is_masked and not is_float else [], dtype)
+        self._plan = (bf_pixels.astype(np.int64), bf_slot, bad.astype(np.int64), detector_shape[1], masked, is_float)
         self._workers = [_Worker(pixels, detector_shape[1], dtype) for _ in range(threads)]
         self._executor = executor
         self._pattern = np.zeros(pixels, np.float64 if dtype.kind == "f" else np.uint64)
@@ -76,9 +80,12 @@ class FrameDecoder:
     def decode(self, block: FrameBlock, targets: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """Decode each frame of ``block`` into ``rows[target]`` (positions, K) and ``sums[target]`` (positions, 4).
 
-        ``targets`` int64 (frames,), all different. Returns the status of each frame, uint8 (frames,): 0 is sound,
-        others are keys of ``stream.unpack.REASONS`` and have left their target untouched or undefined.
+        Where ``block.minus`` is given, its frames are subtracted first, never below 0. ``targets`` int64 (frames,), all
+        different. Returns the status of each frame, uint8 (frames,): 0 is sound, others are keys of
+        ``stream.unpack.REASONS`` and have left their target untouched or undefined.
         """
+        if block.minus is not None and len(block.minus) != len(block):
+            raise ValueError(f"{len(block.minus)} frames to be subtracted from {len(block)}")
         status = np.empty(len(block), np.uint8)
         # A share of at least 16 frames: handing less to a thread costs more than it saves.
         shares = min(len(self._workers), max(1, len(block) // 16))
@@ -108,15 +115,14 @@ class FrameDecoder:
         sums: np.ndarray,
         status: np.ndarray,
     ) -> None:
+        minus = block if block.minus is None else block.minus
+        minus_part = slice(0, 0) if block.minus is None else part
         decode_frames(
-            block.slab,
-            block.offsets[part],
-            block.sizes[part],
-            int(block.encoding),
+            (block.slab, block.offsets[part], block.sizes[part], int(block.encoding)),
+            (minus.slab, minus.offsets[minus_part], minus.sizes[minus_part], int(minus.encoding)),
             targets[part],
             self._plan,
-            worker.frame,
-            worker.planes,
+            worker.scratch,
             worker.pattern,
             worker.column_sums,
             rows,

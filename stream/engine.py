@@ -24,6 +24,7 @@ from stream.decode import FrameDecoder
 from stream.kernels import KernelTable, Method
 from stream.optics import Probe
 from stream.ring import RowRing
+from stream.row_timing import RowTiming
 from stream.setup import BATCH_ROWS, MemoryPlan, Setup, open_rows
 from stream.snapshot import IMAGE_UNITS, Counters
 from stream.unpack import BRIGHT_FIELD, MOMENT_COLUMN, MOMENT_ROW, REASONS, TOTAL
@@ -55,7 +56,13 @@ class Engine:
         geometry, shape = setup.geometry, setup.scan.shape
         pixels = len(geometry.bf_pixels)
         self._decoder = FrameDecoder(
-            geometry.shape, setup.dtype, geometry.bf_pixels, geometry.good, self._executor, self._threads
+            geometry.shape,
+            setup.dtype,
+            geometry.bf_pixels,
+            geometry.good,
+            self._executor,
+            self._threads,
+            maximum_is_masked=setup.maximum_is_masked,
         )
         self._assembler = RowAssembler(
             shape,
@@ -64,8 +71,9 @@ class Engine:
             self._decoder.sums_dtype,
             open_rows(setup),
             in_order=setup.scan.positions is None,
-            scanned=setup.scan.scanned,
+            scanned=setup.scan.scanned_in(0) if setup.passes == 1 else setup.scan.scanned,
         )
+        self._timing = RowTiming(setup.scan) if setup.scan.rows_by_time else None
         self._rows_lock = threading.Lock()
         self._compute_lock = threading.RLock()
         self._ring = RowRing(shape, pixels, setup.dtype, device, setup.averaging)
@@ -82,6 +90,8 @@ class Engine:
         self._frames_ahead = 0
         self.last_row: ClosedRow | None = None
         """the row that was accumulated last"""
+        self.beyond = 0
+        """frames of passes beyond those that are taken"""
         self.last_reason = ""
         """why the last undecodable frame was one"""
 
@@ -102,9 +112,18 @@ class Engine:
     # frames in
 
     def add(self, block: FrameBlock) -> None:
-        """Take a block of frames of this series. Frames are counted, whatever becomes of them; none raises."""
+        """Take a block of frames of this series. Frames are counted, whatever becomes of them; none raises.
+
+        Raises ``ConfigurationError`` when rows are to be found by time, and the frames have no time stamps.
+        """
         self._received += len(block)
-        passes, rows, columns = self.setup.scan.locate(block.indices)
+        scan, timing = self.setup.scan, self._timing
+        for located in [(block, *scan.locate(block.indices))] if timing is None else timing.take(block):
+            self._add_located(*located)
+
+    def _add_located(self, block: FrameBlock, passes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
+        if self.setup.passes is not None:
+            self.beyond += int(np.count_nonzero(passes >= self.setup.passes))
         inside = (rows >= 0) & (passes >= 0) & self._plausible(passes)
         self._outside += int(np.count_nonzero(~inside))
         which = np.flatnonzero(inside)
@@ -189,11 +208,13 @@ class Engine:
         ``announced``: how many frames the series was to have; by default whole passes, or, of an endless series, the
         passes that began.
         """
+        for located in self._timing.rest() if self._timing is not None else ():
+            self._add_located(*located)
         self.close_rows()
         while self.accumulate():
             pass
         passes = self.setup.passes or max(1, self._assembler.newest_pass + 1)
-        expected = passes * self.setup.scan.frames_per_pass
+        expected = self.setup.scan.frames_in(passes)
         if announced is not None:
             expected = min(announced, expected) if self.setup.passes else announced
         self._finished_missing = max(0, self.setup.scan.positions_in(expected) - self._accepted)
@@ -242,7 +263,8 @@ class Engine:
 
     def _missing_in(self, row: int) -> int:
         expected = self._passes_of_row[row] if self._ring.averaging else 1
-        return int((expected - self._ring.frames[row])[self.setup.scan.scanned[row]].sum())
+        scanned = self.setup.scan.scanned_in(int(self._ring.pass_of_row[row]))[row]
+        return int((expected - self._ring.frames[row])[scanned].sum())
 
     # images out
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from detectors.messages import FrameBlock, Message, SeriesId, SeriesStart, StreamDecoder, Undecodable
-from stream.receiver import Receiver
+from detectors.messages import FrameBlock, Message, ReceivedBatch, SeriesId, SeriesStart, Undecodable
+from detectors.protocols.registry import StreamProtocol
+from stream.probe import advice
+from stream.receiving import Receiver
 
 #: Frames whose start message has not come are kept up to so many bytes: with several sockets, the start may take
 #: another way than the frames, and a publisher repeats it once a second.
 _ORPHAN_BYTES = 64 << 20
+
+#: So much of a message's first part is enough to tell which protocol it is of.
+_LOOKED_AT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -21,15 +26,18 @@ class Silence:
 
 
 async def messages(
-    receiver: Receiver, make_decoder: Callable[[], StreamDecoder], tick_s: float = 0.25
+    receiver: Receiver, protocol: StreamProtocol, tick_s: float = 0.25
 ) -> AsyncGenerator[Message | Silence]:
     """Everything that arrives, in order; a ``Silence`` every ``tick_s`` while nothing does.
 
     A block of frames points into the receiver's memory: it must not be used any more once the next item is asked for.
+    Where another protocol is spoken than the one expected, an ``Undecodable`` says so.
     """
-    decoders = [make_decoder() for _ in receiver.endpoints]
+    # A protocol may remember earlier parts: each socket is a stream of its own.
+    decoders = [protocol.decoder() for _ in receiver.endpoints]
+    unknown = set(range(len(decoders)))  # nothing has been understood there yet
     silent = 0.0
-    too_large = 0
+    too_large = stray = 0
     while True:
         lease = await receiver.get(tick_s)
         if receiver.too_large > too_large:
@@ -38,17 +46,32 @@ async def messages(
                 receiver.too_large - too_large,
             )
             too_large = receiver.too_large
+        if receiver.stray_bytes > stray:
+            text = f"{receiver.stray_bytes - stray} bytes between the messages belong to none of them"
+            yield Undecodable((advice(protocol, receiver.first_stray) if unknown else "") or text, 0)
+            stray = receiver.stray_bytes
         if lease is None:
             silent += tick_s
             yield Silence(silent)
             continue
         silent = 0.0
+        index = lease.batch.socket_index
         try:
-            # A protocol may remember earlier parts: each socket is a stream of its own.
-            for message in decoders[lease.batch.socket_index].feed(lease.batch):
+            decoded = decoders[index].feed(lease.batch)
+            if index in unknown and all(isinstance(message, Undecodable) for message in decoded):
+                if text := advice(protocol, _first_part(lease.batch)):
+                    yield Undecodable(text, sum(m.frames for m in decoded if isinstance(m, Undecodable)))
+                    continue
+            else:
+                unknown.discard(index)
+            for message in decoded:
                 yield message
         finally:
             lease.release()
+
+
+def _first_part(batch: ReceivedBatch) -> bytes:
+    return bytes(batch.part(0)[:_LOOKED_AT_BYTES])
 
 
 def _held_bytes(block: FrameBlock) -> int:

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from detectors.errors import ConfigurationError
-from detectors.messages import Encoding, FrameBlock, SeriesId, SeriesStart
+from detectors.messages import Encoding, SeriesId, SeriesStart
+from detectors.protocols.registry import StreamProtocol
+from detectors.source import EncodedSource, FrameSource
 from stream.array import choose_device
 from stream.config import Layer
 from stream.files import Dataset4D, open_dataset
@@ -23,22 +25,29 @@ from stream.result import Result, describe_result, is_result
 #: Called with (frames done, frames in all).
 Progress = Callable[[int, int], None]
 
+#: The name, among encodings, of a data file's own.
+AS_STORED = "as-stored"
+
 
 def file_start(dataset: Dataset4D) -> SeriesStart:
     """What a data file says of itself, as the start of a series."""
     return SeriesStart(
-        "file", dataset.detector_shape, dataset.dtype, dataset.scan_shape, dataset.frames, dataset.settings
+        "file",
+        dataset.detector_shape,
+        dataset.dtype,
+        dataset.scan_shape,
+        dataset.frames,
+        dataset.settings,
+        channels=dataset.channels,
+        pixel_mask=dataset.pixel_mask,
+        flatfield=dataset.flatfield,
+        maximum_is_masked=dataset.maximum_is_masked,
     )
 
 
-def file_blocks(dataset: Dataset4D) -> Iterator[FrameBlock]:
-    """The frames of a data file as blocks of raw frames, without another copy."""
-    for first, frames in dataset.blocks():
-        size = frames[0].nbytes
-        indices = np.arange(first, first + len(frames))
-        offsets = np.arange(len(frames)) * size
-        slab = frames.reshape(-1).view(np.uint8)
-        yield FrameBlock("file", Encoding.RAW, indices, offsets, np.full(len(frames), size), slab)
+def _sent_start(dataset: Dataset4D, series: SeriesId) -> SeriesStart:
+    """The same for a sender, which sends one channel."""
+    return replace(file_start(dataset), series=series, channels=dataset.channels[:1])
 
 
 class FileFrames:
@@ -57,10 +66,69 @@ class FileFrames:
         return len(self._parts)
 
     def start(self, series: SeriesId) -> SeriesStart:
-        return replace(file_start(self._dataset), series=series)
+        return _sent_start(self._dataset, series)
 
     def block(self, number: int) -> tuple[int, np.ndarray]:
         return self._dataset.read(self._parts[number])
+
+
+class StoredFrames:
+    """A data file's frames as they lie in it, never decoded: see ``detectors.source.FrameSource``.
+
+    ``encoding``: what they are called in the stream; the dataset's own, or another word for the same bytes.
+    """
+
+    def __init__(self, dataset: Dataset4D, encoding: Encoding) -> None:
+        self._dataset = dataset
+        self.encoding = encoding
+
+    @property
+    def frames_per_pass(self) -> int:
+        return self._dataset.frames
+
+    def start(self, series: SeriesId) -> SeriesStart:
+        return _sent_start(self._dataset, series)
+
+    def blocks(self) -> Iterator[tuple[int, Sequence[memoryview]]]:
+        for block in self._dataset.packed_blocks(max_bytes=4 << 20):
+            payloads = [block.slab[o : o + n].data for o, n in zip(block.offsets, block.sizes, strict=True)]
+            bounds = [0, *(np.flatnonzero(np.diff(block.indices) != 1) + 1).tolist(), len(block)]
+            for start, stop in zip(bounds, bounds[1:], strict=False):
+                yield int(block.indices[start]), payloads[start:stop]
+
+
+def file_source(dataset: Dataset4D, protocol: StreamProtocol, encoding: str | None = None) -> FrameSource:
+    """A data file's frames for a sender.
+
+    ``encoding``: one of the protocol's, or ``as-stored``: the file's own bytes. None is as stored where the file has
+    packed frames that the protocol can say, else the protocol's usual encoding. Raises ``ConfigurationError`` for an
+    encoding that the protocol does not know, and for ``as-stored`` where it cannot be.
+    """
+    known = list(protocol.encodings.values())
+    own = dataset.encoding
+    if own is Encoding.RAW and own not in known and dataset.dtype.itemsize == 1:
+        own = Encoding.RAW_BIG_ENDIAN  # the same, of bytes
+    can = dataset.as_stored and own in known
+    if encoding == AS_STORED and not can:
+        kept = dataset.encoding.name.lower().replace("_", "-") if dataset.as_stored else "not one by one in chunks"
+        raise ConfigurationError(
+            f"{dataset.path.name} keeps its frames {kept}, which {protocol.name} cannot send as it is; choose "
+            f"--encoding {', '.join(protocol.encodings)}"
+        )
+    if encoding == AS_STORED or (encoding is None and can):
+        return StoredFrames(dataset, own)
+    return EncodedSource(FileFrames(dataset), encoding_named(protocol, encoding))
+
+
+def encoding_named(protocol: StreamProtocol, name: str | None) -> Encoding:
+    """One of the protocol's encodings; its usual one for None. Raises ``ConfigurationError`` naming the known ones."""
+    if name is None:
+        return next(iter(protocol.encodings.values()))
+    if name not in protocol.encodings:
+        raise ConfigurationError(
+            f"unknown encoding {name!r} for {protocol.name}; known are {', '.join(protocol.encodings)}"
+        )
+    return protocol.encodings[name]
 
 
 def reconstruct_file(
@@ -81,7 +149,7 @@ def reconstruct_file(
     """
     path = Path(path)
     with ExitStack() as stack:
-        mask, unread = None, 0
+        unread = 0
         if is_recording(path):
             if dataset is not None:
                 raise ConfigurationError(
@@ -93,14 +161,13 @@ def reconstruct_file(
             unread = recording.undecodable_messages
         else:
             data = stack.enter_context(open_dataset(path, dataset))
-            start, blocks, total, mask = file_start(data), file_blocks(data), data.frames, data.pixel_mask
+            start, blocks, total = file_start(data), data.packed_blocks(), data.frames
         run = Reconstruction(
             start,
             layers,
             choose_device(device),
             source=path.name,
             passes=passes,
-            file_mask=mask,
             threads=threads,
             start_source="file",
         )
@@ -153,17 +220,16 @@ def describe_file(path: Path, layers: Sequence[Layer] = (), *, dataset: str | No
     with ExitStack() as stack:
         if is_recording(path):
             recording = stack.enter_context(open_recording(path))
-            start, blocks, mask, rows = recording.start, recording.blocks(), None, recording.describe()
+            start, blocks, rows = recording.start, recording.blocks(), recording.describe()
         else:
             data = stack.enter_context(open_dataset(path, dataset))
-            start, blocks, mask, rows = file_start(data), file_blocks(data), data.pixel_mask, data.describe()
+            start, blocks, rows = file_start(data), data.packed_blocks(), data.describe()
         try:
             run = Reconstruction(
                 start,
                 layers,
                 choose_device("cpu"),
                 source=path.name,
-                file_mask=mask,
                 start_source="file",
                 survey_only=True,
             )

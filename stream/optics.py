@@ -122,6 +122,18 @@ class AxesRelation:
     rotation_rad: float = 0.0
     transpose: bool = False
 
+    def flipped(self, rows: bool = False, columns: bool = False) -> AxesRelation:
+        """The relation for frames whose rows (columns) come in reverse order, in the coordinates of the frames as sent.
+
+        A flip is a quarter turn and a transposition: diag(-1, 1) = T R(-90°) and diag(1, -1) = T R(90°). Behind a
+        transposition, T R(p) T = R(-p).
+        """
+        rotation, transpose = self.rotation_rad, self.transpose
+        for flip, quarter in ((rows, math.pi / 2), (columns, -math.pi / 2)):
+            if flip:
+                rotation, transpose = rotation + (-quarter if transpose else quarter), not transpose
+        return AxesRelation(rotation, transpose)
+
     def to_detector(self, q_row: Any, q_column: Any) -> tuple[Any, Any]:
         """Turn scan-frame components into detector-frame components (any array type, same shape and unit)."""
         cos, sin = math.cos(-self.rotation_rad), math.sin(-self.rotation_rad)
@@ -134,6 +146,17 @@ class AxesRelation:
             k_row, k_column = k_column, k_row
         cos, sin = math.cos(self.rotation_rad), math.sin(self.rotation_rad)
         return k_row * cos - k_column * sin, k_row * sin + k_column * cos
+
+
+#: Orientation of the frames as sent -> (rows in reverse order, columns in reverse order), before ``AxesRelation``.
+ORIENTATIONS: dict[str, tuple[bool, bool]] = {
+    "as-sent": (False, False),
+    "flip-rows": (True, False),
+    "flip-columns": (False, True),
+    "rotate-180": (True, True),
+    # ARINA detectors mirrored their images along the columns until firmware release 2024.1.
+    "arina-before-2024.1": (False, True),
+}
 
 
 def aberration_phase(angle_row: Any, angle_column: Any, table: np.ndarray, wavelength: float) -> Any:

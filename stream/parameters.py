@@ -16,10 +16,10 @@ import h5py
 import numpy as np
 
 from detectors.errors import ConfigurationError
-from stream.config import Layer, Settings
+from stream.config import MOST_ROWS, Layer, Settings
 from stream.geometry import DetectorGeometry
 from stream.kernels import METHODS
-from stream.optics import Aberrations, AxesRelation, Probe, electron_wavelength
+from stream.optics import ORIENTATIONS, Aberrations, AxesRelation, Probe, electron_wavelength
 from stream.scan import ScanPattern
 from stream.setup import Setup
 
@@ -50,44 +50,34 @@ class Parameters:
 
     @property
     def probe(self) -> Probe:
-        """The probe, in Å, rad and eV."""
+        """The probe, in Å, rad and eV; its axes are those of the frames as sent."""
         value = self.values
+        axes = AxesRelation(math.radians(value["rotation_deg"]), value["transpose"])
         return Probe(
             energy_ev=value["energy_kev"] * 1e3,
             semiangle=value["semiangle_mrad"] * 1e-3,
             rolloff=value["rolloff_mrad"] * 1e-3,
             aberrations=Aberrations.from_user(value["aberrations"]),
-            axes=AxesRelation(math.radians(value["rotation_deg"]), value["transpose"]),
+            axes=axes.flipped(*ORIENTATIONS[value["orientation"]]),
         )
 
     def setup(
-        self, detector_shape: tuple[int, int], dtype: np.dtype, passes: int | None, file_mask: np.ndarray | None = None
+        self, detector_shape: tuple[int, int], dtype: np.dtype, passes: int | None, sent_mask: np.ndarray | None = None
     ) -> Setup:
         """The reconstruction that these parameters describe.
 
-        ``file_mask``: bool ``detector_shape``, a mask that the data brought along. Raises ``ConfigurationError``.
+        ``sent_mask``: bool ``detector_shape``, a mask that the stream or file brought along. Raises
+        ``ConfigurationError``.
         """
         value = self.values
-        good = file_mask if value["pixel_mask"] is None else load_pixel_mask(Path(value["pixel_mask"]))
-        if good is None:
-            good = np.ones(detector_shape, bool)
-        if good.shape != detector_shape:
-            raise ConfigurationError(
-                f"the pixel mask has the shape {'x'.join(map(str, good.shape))}, "
-                f"the detector {detector_shape[0]}x{detector_shape[1]}"
-            )
+        path = value["pixel_mask"]
+        good = good_pixels(detector_shape, sent_mask, None if path is None else Path(path))
         if self.bad_pixels is not None:
             good = good & ~self.bad_pixels
         geometry = DetectorGeometry(
             detector_shape, value["detector_pixel_mrad"], value["bf_centre_px"], value["semiangle_mrad"], good
         )
-        scan = ScanPattern(
-            value["scan_shape"],
-            value["flyback_frames_per_row"],
-            value["flyback_frames_per_pass"],
-            value["serpentine"],
-            None if value["positions"] is None else load_positions(Path(value["positions"])),
-        )
+        scan = _scan_pattern(value)
         if value["rolloff_mrad"] > value["semiangle_mrad"]:
             raise ConfigurationError(
                 f"rolloff_mrad {value['rolloff_mrad']} is wider than semiangle_mrad {value['semiangle_mrad']}"
@@ -120,6 +110,18 @@ class Parameters:
         return "\n".join([*lines, *tables, ""])
 
 
+def _scan_pattern(value: Mapping[str, Any]) -> ScanPattern:
+    return ScanPattern(
+        value["scan_shape"],
+        value["flyback_frames_per_row"],
+        value["flyback_frames_per_pass"],
+        value["serpentine"],
+        None if value["positions"] is None else load_positions(Path(value["positions"])),
+        value["start_offset"],
+        value["row_starts"] == "time-gaps",
+    )
+
+
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -139,6 +141,9 @@ _DEFAULTS: dict[str, Any] = {
     "flyback_frames_per_row": 0,
     "flyback_frames_per_pass": 0,
     "serpentine": False,
+    "start_offset": 0,
+    "row_starts": "index",
+    "orientation": "as-sent",
     "averaging": False,
 }
 
@@ -146,12 +151,12 @@ _DEFAULTS: dict[str, Any] = {
 class Resolution:
     """The layers laid over each other, and what is still to be found.
 
-    ``layers`` in order of precedence. ``resolve`` derives the rest; before it, ``needs_disk`` says whether the first
-    frames must be looked at.
+    ``layers`` in order of precedence; ``frames``: how many the series announces, if it does. ``resolve`` derives the
+    rest; before it, ``needs_disk`` says whether the first frames must be looked at.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = tuple(layers)
+    def __init__(self, layers: Sequence[Layer], frames: int | None = None) -> None:
+        self._layers, self._frames = tuple(layers), frames
         self._values: dict[str, Any] = {}
         self._sources: dict[str, str] = {}
         self.notes: list[str] = []
@@ -164,10 +169,38 @@ class Resolution:
                         f"{key} is {_plain(value)} in the {layer.source}; {_plain(self._values[key])} from the "
                         f"{self._sources[key]} is used"
                     )
+        self._derive_scan()
         self._derive()
 
     def _put(self, key: str, value: Any, source: str) -> None:
         self._values[key], self._sources[key] = value, source
+
+    def _derive_scan(self) -> None:
+        """What a line trigger tells: frames per trigger are the columns of the scan and the flyback after them."""
+        have = self._values
+        per_trigger = have.get("frames_per_trigger", 1)
+        if per_trigger == 1 or "positions" in have:
+            return
+        source = f"frames_per_trigger of the {self._sources['frames_per_trigger']}"
+        triggers = None if self._frames is None else (self._frames - have.get("start_offset", 0)) // per_trigger
+        if "scan_shape" not in have:
+            columns = per_trigger - have.get("flyback_frames_per_row", 0)
+            if triggers is not None and 1 < triggers <= MOST_ROWS and 1 <= columns <= MOST_ROWS:
+                self._put("scan_shape", (triggers, columns), f"derived from {source} and {self._frames} frames")
+            return
+        rows, columns = have["scan_shape"]
+        if rows > 1 and per_trigger >= rows * columns:
+            return  # a trigger for each pass
+        flyback = per_trigger - columns
+        if flyback >= 0 and "flyback_frames_per_row" not in have and (triggers is None or triggers >= rows):
+            self._put("flyback_frames_per_row", flyback, f"derived from scan_shape and {source}")
+        elif (counted := have.get("flyback_frames_per_row", 0)) != flyback:
+            self.notes.append(
+                f"the detector takes {per_trigger} frames for each trigger"
+                + ("" if triggers is None else f" ({triggers} triggers)")
+                + f", and each of the {rows} rows has {columns} positions and {counted} frames of flyback: "
+                + ("each frame is taken for a position of its own" if flyback < 0 else "check scan_shape")
+            )
 
     def _derive(self) -> None:
         """Whatever follows from what is known, without looking at frames."""
@@ -196,12 +229,20 @@ class Resolution:
 
     def overlaid(self, layer: Layer) -> Resolution:
         """The same with one more layer on top."""
-        return Resolution([layer, *self._layers])
+        return Resolution([layer, *self._layers], self._frames)
 
     @property
     def known(self) -> Mapping[str, Any]:
         """What is known so far, by key."""
         return self._values
+
+    def scan_pattern(self) -> ScanPattern:
+        """The scan alone, to arm a detector for it. Raises ``ConfigurationError``, also when it is not known."""
+        if "scan_shape" not in self._values:
+            raise ConfigurationError(
+                "to arm the detector for a scan, its scan_shape must be known: --scan-shape 128x128"
+            )
+        return _scan_pattern({**dict.fromkeys(Settings.model_fields), **_DEFAULTS, **self._values})
 
     @property
     def needs_disk(self) -> bool:
@@ -269,6 +310,26 @@ def load_pixel_mask(path: Path) -> np.ndarray:
     if mask.ndim != 2:
         raise ConfigurationError(f"the pixel mask {path} must have 2 dimensions, it has {mask.ndim}")
     return mask.astype(bool)
+
+
+def good_pixels(detector_shape: tuple[int, int], sent_mask: np.ndarray | None, user_mask: Path | None) -> np.ndarray:
+    """The pixels that both masks, as far as there are any, call good: bool ``detector_shape``.
+
+    Raises ``ConfigurationError`` for masks of another shape, and when they leave no pixel.
+    """
+    good = np.ones(detector_shape, bool)
+    for mask in (sent_mask, None if user_mask is None else load_pixel_mask(user_mask)):
+        if mask is None:
+            continue
+        if mask.shape != detector_shape:
+            raise ConfigurationError(
+                f"the pixel mask has the shape {'x'.join(map(str, mask.shape))}, "
+                f"the detector {detector_shape[0]}x{detector_shape[1]}"
+            )
+        good &= mask
+    if not good.any():
+        raise ConfigurationError("the pixel masks call every pixel bad; 1 = good, check --pixel-mask and the sent mask")
+    return good
 
 
 def load_positions(path: Path) -> np.ndarray:

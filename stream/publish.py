@@ -11,8 +11,8 @@ import msgpack
 import zmq
 import zmq.asyncio
 
+from detectors.addresses import why
 from detectors.errors import ConfigurationError, ConnectionFailed, LiveptychoError, ProtocolError
-from stream.receiver import why
 from stream.snapshot import COMMANDS, unpack_map
 
 logger = logging.getLogger(__name__)

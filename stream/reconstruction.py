@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from detectors import codec
-from detectors.errors import ConfigurationError, DoesNotFit, ProtocolError
+from detectors.errors import ConfigurationError, DoesNotFit, LiveptychoError, ProtocolError
 from detectors.messages import FrameBlock, SeriesStart
 from stream.array import Device, host_free_bytes
 from stream.calibration import Survey, find_bf_disk
+from stream.channels import choose_channel
 from stream.config import Layer
 from stream.engine import Engine
 from stream.kernels import method_named
-from stream.optics import Aberrations, AxesRelation, Probe
-from stream.parameters import MeasuredDisk, Parameters, Resolution, load_pixel_mask
+from stream.parameters import MeasuredDisk, Parameters, Resolution, good_pixels
 from stream.result import Result
-from stream.setup import DETECTOR_PIXEL_BYTES
+from stream.scan import ScanPattern
+from stream.setup import DETECTOR_PIXEL_BYTES, Setup
 from stream.snapshot import IMAGE_UNITS, Counters
 
 logger = logging.getLogger(__name__)
@@ -49,9 +53,8 @@ class Reconstruction:
 
     ``layers``: the user's settings, in order of precedence; what ``start`` says of itself comes after them.
     ``passes``: how many to take, None for ever, 0 for as many as the series announces (one if it does not).
-    ``file_mask``: bool detector shape, a pixel mask that came with the data. ``survey_only``: look at the first frames
-    (``look``) and reconstruct nothing. Raises ``ConfigurationError`` when
-    settings are missing or contradictory.
+    A pixel is used where both ``start.pixel_mask`` and the user's mask call it good. ``survey_only``: look at the first
+    frames (``look``) and reconstruct nothing. Raises ``ConfigurationError`` when settings are missing or contradictory.
     """
 
     def __init__(
@@ -62,7 +65,6 @@ class Reconstruction:
         *,
         source: str,
         passes: int | None = 0,
-        file_mask: np.ndarray | None = None,
         threads: int | None = None,
         start_source: str = "stream",
         survey_only: bool = False,
@@ -72,13 +74,13 @@ class Reconstruction:
         if start.scan_shape is not None:
             own["scan_shape"] = start.scan_shape
         self.start, self.source, self._device = start, source, device
-        self._file_mask, self._threads = file_mask, threads
-        self._survey_only = survey_only
+        self._threads, self._survey_only = threads, survey_only
         self._preparing = threading.Lock()
-        self._resolution = Resolution([*layers, Layer.of(start_source, own, ignore_unknown=True)])
+        self._resolution = Resolution([*layers, Layer.of(start_source, own, ignore_unknown=True)], start.frames)
         self._resolution.require()
         _refuse_absurd(start, self._resolution.known["scan_shape"])
         self._passes = passes
+        self._pick = choose_channel(start.channels, self._resolution.known.get("channel"))
         self._backlog: list[FrameBlock] = []
         self._backlog_frames = 0
         self._unread: list[tuple[int, str]] = []
@@ -86,9 +88,10 @@ class Reconstruction:
         self.parameters: Parameters | None = None
         self.notes = list(self._resolution.notes)
         """sentences for the user: contradictions, bad pixels, what was measured"""
+        self.notes += _notes_on(start, self._resolution.known)
         if not self._resolution.needs_disk:
             # A mistake in the settings should show before the first frame.
-            self._resolution.resolve().setup(start.detector_shape, start.dtype, self._resolve_passes(), file_mask)
+            self._setup(self._resolution.resolve())
         for note in self.notes:
             logger.warning("%s", note)
 
@@ -97,15 +100,21 @@ class Reconstruction:
         if self.engine is not None:
             self.engine.close()
 
+    def _setup(self, parameters: Parameters) -> Setup:
+        start = self.start
+        setup = parameters.setup(start.detector_shape, start.dtype, self._resolve_passes(), start.pixel_mask)
+        return replace(setup, maximum_is_masked=start.maximum_is_masked)
+
     def _resolve_passes(self) -> int | None:
         if self._passes != 0:
             return self._passes
         known = self._resolution.known
         positions = math.prod(known["scan_shape"])
-        if self.start.frames is None or self.start.frames <= positions:
+        frames = 0 if self.start.frames is None else self.start.frames - known.get("start_offset", 0)
+        if frames <= positions:
             return 1
         row_flyback, pass_flyback = known.get("flyback_frames_per_row", 0), known.get("flyback_frames_per_pass", 0)
-        return max(1, round(self.start.frames / (positions + known["scan_shape"][0] * row_flyback + pass_flyback)))
+        return max(1, round(frames / (positions + known["scan_shape"][0] * row_flyback + pass_flyback)))
 
     @property
     def needs_disk(self) -> bool:
@@ -122,18 +131,22 @@ class Reconstruction:
 
     def _prepare(self) -> Engine:
         parameters = self.look()
-        setup = parameters.setup(self.start.detector_shape, self.start.dtype, self._resolve_passes(), self._file_mask)
+        setup = self._setup(parameters)
         engine = Engine(setup, self._device, threads=self._threads)
         if setup.passband.entries == 0:
             self._note(
                 "no scan frequency of this scan lies within 2 alpha / lambda, so the phase will be empty: check "
                 "scan_step_angstrom and semiangle_mrad"
             )
-        self._note_frames(setup.scan.frames_per_pass, setup.passes)
+        self._note_frames(setup.scan, setup.passes)
         for frames, reason in self._unread:
             engine.undecodable(frames, reason)
-        for block in self._backlog:
-            engine.add(block)
+        try:
+            for block in self._backlog:
+                engine.add(block)
+        except LiveptychoError:
+            engine.close()
+            raise
         self._backlog, self._unread, self._backlog_frames = [], [], 0
         self.parameters, self.engine = parameters, engine
         return engine
@@ -155,12 +168,16 @@ class Reconstruction:
             return True
         return self._backlog_frames >= self._survey_frames
 
-    def _note_frames(self, frames_per_pass: int, passes: int | None) -> None:
+    def _note_frames(self, scan: ScanPattern, passes: int | None) -> None:
         announced = self.start.frames
-        if announced is not None and passes is not None and announced != frames_per_pass * passes:
+        if announced is None or passes is None or scan.rows_by_time:
+            return
+        expected = scan.frames_in(passes)
+        # Where the first triggers were missed, the detector still counts on as many.
+        if announced not in range(expected, max(expected, passes * scan.frames_per_pass) + 1):
             self._note(
-                f"the series announces {announced} frames, but {passes} pass(es) of this scan have "
-                f"{frames_per_pass * passes}; check scan_shape and the flyback frames"
+                f"the series announces {announced} frames, but {passes} pass(es) of this scan have {expected}; check "
+                + ("scan_shape and the flyback frames" if scan.start_offset == 0 else "scan_shape and start_offset")
             )
 
     def _note(self, note: str) -> None:
@@ -174,13 +191,11 @@ class Reconstruction:
             # Exactly as many as are needed: a replay, which comes in other blocks, must find the same disk.
             count = min(len(block), self._survey_frames - looked_at)
             looked_at += count
-            for offset, size in zip(block.offsets[:count], block.sizes[:count], strict=True):
-                payload = block.slab[offset : offset + size]
+            for number in range(count):
                 try:
-                    frame = codec.decode(payload, block.encoding, self.start.detector_shape, self.start.dtype)
+                    survey.add(self._counts(block, number)[None])
                 except ProtocolError:
                     continue  # the engine will count it
-                survey.add(frame[None])
         known = self._resolution.known
         if survey.frames == 0:
             raise ConfigurationError(
@@ -194,12 +209,27 @@ class Reconstruction:
             self._note(f"{count} hot or dead detector pixel(s) masked: {where}{', ...' if count > 5 else ''}")
         return MeasuredDisk(disk.centre_px, disk.radius_px, disk.bad_pixels, survey.frames)
 
-    def _good(self) -> np.ndarray | None:
+    def _counts(self, block: FrameBlock, number: int) -> np.ndarray:
+        """One frame as the engine sees it. Raises ``ProtocolError`` when it cannot be unpacked."""
+        frame = self._decoded(block, number)
+        none = frame == np.iinfo(frame.dtype).max if self.start.maximum_is_masked else np.zeros(frame.shape, bool)
+        if block.minus is not None:
+            other = self._decoded(block.minus, number)
+            none |= (other > frame) | (self.start.maximum_is_masked & (other == np.iinfo(other.dtype).max))
+            frame = frame - other
+        return np.where(none, frame.dtype.type(0), frame)
+
+    def _decoded(self, block: FrameBlock, number: int) -> np.ndarray:
+        start, offset, size = self.start, block.offsets[number], block.sizes[number]
+        return codec.decode(block.slab[offset : offset + size], block.encoding, start.detector_shape, start.dtype)
+
+    def _good(self) -> np.ndarray:
         path = self._resolution.known.get("pixel_mask")
-        return self._file_mask if path is None else load_pixel_mask(Path(path))
+        return good_pixels(self.start.detector_shape, self.start.pixel_mask, None if path is None else Path(path))
 
     def add(self, block: FrameBlock) -> None:
         """Take a block of this series' frames; what it points to is not needed afterwards."""
+        block = self._pick(block)
         if self.engine is not None:
             self.engine.add(block)
             return
@@ -252,15 +282,9 @@ class Reconstruction:
     def _change(self, engine: Engine, parameters: Parameters, layer: Layer) -> None:
         merged = {**parameters.values, **layer.settings.given}
         sources = {**parameters.sources, **dict.fromkeys(layer.settings.given, "control")}
-        probe = Probe(
-            engine.setup.probe.energy_ev,
-            engine.setup.probe.semiangle,
-            engine.setup.probe.rolloff,
-            Aberrations.from_user(merged["aberrations"]),
-            AxesRelation(math.radians(merged["rotation_deg"]), merged["transpose"]),
-        )
-        engine.change(probe, method_named(merged["method"]))
-        self.parameters = Parameters(merged, sources, parameters.bad_pixels)
+        changed = Parameters(merged, sources, parameters.bad_pixels)
+        engine.change(changed.probe, method_named(merged["method"]))
+        self.parameters = changed
 
     @property
     def counters(self) -> Counters:
@@ -284,6 +308,30 @@ class Reconstruction:
             self.source,
             max(1, engine.passes_done),
         )
+
+
+def _notes_on(start: SeriesStart, known: Mapping[str, Any]) -> list[str]:
+    """What the user should know about how the detector sends its frames."""
+    notes = []
+    if len(start.channels) > 1 and "channel" not in known:
+        notes.append(
+            f"the stream has the channels {', '.join(start.channels)}; {start.channels[0]} is reconstructed, --channel "
+            "takes another one, or the difference of two"
+        )
+    if start.flatfield is not None and start.settings.get("flatfield_applied") is False:
+        notes.append("the detector has not applied its flat field, and neither do we: switch it on in the detector")
+    if "orientation" not in known and _is_mirrored(start.settings):
+        notes.append("this detector's firmware mirrors its images: --orientation arina-before-2024.1 puts them right")
+    return notes
+
+
+def _is_mirrored(settings: Mapping[str, Any]) -> bool:
+    """Whether the stream says that it comes from an ARINA with firmware before release 2024.1."""
+    if "arina" not in str(settings.get("detector", "")).lower():
+        return False
+    said = (str(settings.get(key, "")) for key in ("firmware", "software_version"))
+    release = next(filter(None, (re.search(r"\b(20\d\d)\.(\d+)", text) for text in said)), None)
+    return release is not None and (int(release[1]), int(release[2])) < (2024, 1)
 
 
 def _refuse_absurd(start: SeriesStart, scan_shape: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ from detectors.errors import ConnectionFailed, DataFileError
 from detectors.messages import FrameBlock, SeriesEnd, SeriesStart, Undecodable
 from detectors.protocols.registry import protocol_named
 from stream.intake import Orphans, Silence, messages
-from stream.receiver import Receiver
+from stream.receiving import open_receiver
 from stream.recording import Recorder
 from stream.threads import in_threads
 
@@ -51,10 +51,11 @@ async def record_stream(
     recorder: Recorder | None = None
     start: SeriesStart | None = None
     orphans = Orphans()
-    async with Receiver(addresses, bind=bind, pattern=pattern) as receiver:
+    spoken = protocol_named(protocol)
+    async with open_receiver(spoken, addresses, bind=bind, pattern=pattern) as receiver:
         if ready is not None:
             ready(receiver.endpoints)
-        stream = messages(receiver, protocol_named(protocol).decoder)
+        stream = messages(receiver, spoken)
         try:
             async for item in stream:
                 if isinstance(item, SeriesStart) and recorder is None:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import zmq
 
 from detectors.errors import ConfigurationError
 from detectors.messages import FrameBlock
 from detectors.protocols.registry import protocol_named
-from detectors.wire import Wire
+from detectors.wire import Wire, open_wire, send
 from stream.recording import Recording, open_recording
 
 #: Frames that came together go out in messages of at most so many.
@@ -42,12 +41,11 @@ async def replay_recording(
     if speed is not None and not speed > 0:
         raise ConfigurationError(f"the speed must be positive, got {speed!r}")
     with open_recording(path) as recording:
-        wire = Wire(pattern, address, True)
+        wire = open_wire(protocol_named(recording.protocol), address, pattern=pattern)
         try:
             if ready is not None:
                 ready(wire.endpoint)
-            if wire.publishes:
-                await wire.wait_for(zmq.POLLIN, _SUBSCRIBER_WAIT_S)
+            await wire.wait_for_subscriber(_SUBSCRIBER_WAIT_S)
             sent = await _send(recording, wire, speed, progress)
             await wire.flush(linger_s)
         finally:
@@ -62,7 +60,7 @@ async def _send(
     series = recording.start.series
     announced = encoder.start(recording.start)  # also where the recorded one is sent: encoders remember shape and type
     for message in [list(recording.start.header)] if recording.start.header else announced:
-        await wire.send(message)
+        await send(wire, message)
     loop = asyncio.get_running_loop()
     began, first_ns = loop.time(), None
     sent = 0
@@ -72,16 +70,23 @@ async def _send(
             first_ns = block.time_ns if first_ns is None else first_ns
             await asyncio.sleep(max(0.0, began + (block.time_ns - first_ns) * 1e-9 / speed - loop.time()))
         for run in _consecutive(block):
-            payloads = [block.slab[o : o + n].data for o, n in zip(run.offsets, run.sizes, strict=True)]
-            for message in encoder.frames(series, int(run.indices[0]), payloads, block.encoding):
-                await wire.send(message)
+            others = [(other.encoding, _payloads(other)) for other in run.others]
+            exposed_ns = None if run.exposed_ns is None else run.exposed_ns.tolist()
+            for message in encoder.frames(
+                series, int(run.indices[0]), _payloads(run), run.encoding, others=others, exposed_ns=exposed_ns
+            ):
+                await send(wire, message)
         sent += len(block)
         if progress is not None:
             progress(sent, recording.frames)
     if recording.end is not None:
         for message in [list(recording.end.header)] if recording.end.header else encoder.end(series):
-            await wire.send(message)
+            await send(wire, message)
     return sent
+
+
+def _payloads(block: FrameBlock) -> list[memoryview]:
+    return [block.slab[o : o + n].data for o, n in zip(block.offsets, block.sizes, strict=True)]
 
 
 def _consecutive(block: FrameBlock) -> Iterator[FrameBlock]:

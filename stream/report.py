@@ -11,7 +11,7 @@ from stream.snapshot import IMAGE_UNITS, Counters, Snapshot
 
 def fill_snapshot(blank: Snapshot, acquisition: Acquisition) -> Snapshot:
     """``blank`` with the state, the settings and the newest images of ``acquisition``. Takes milliseconds."""
-    snapshot = replace(blank, state=acquisition.state, message=acquisition.message, link=acquisition.link)
+    snapshot = replace(blank, state=acquisition.state, message=acquisition.told, link=acquisition.link)
     run = acquisition.run
     if run is None:
         return replace(snapshot, counters=Counters(unclaimed=acquisition.unclaimed))

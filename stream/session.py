@@ -20,19 +20,21 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from detectors.errors import ConfigurationError
+from detectors.errors import ConfigurationError, ConnectionFailed
 from detectors.messages import Message
 from detectors.protocols.registry import protocol_named
 from stream.acquisition import Acquisition
 from stream.config import Layer
+from stream.control import ActiveScan, DetectorControl, Finished, ScanPlan
 from stream.decode import compile_ahead
 from stream.intake import Silence, messages
+from stream.parameters import Resolution
 from stream.publish import Publisher
-from stream.receiver import Receiver
+from stream.receiving import open_receiver
 from stream.reconstruction import CHANGEABLE, Reconstruction
 from stream.report import fill_snapshot
 from stream.result import Result
-from stream.session_options import SessionOptions, check_files
+from stream.session_options import SessionOptions, check_files, check_trigger
 from stream.snapshot import Snapshot
 from stream.threads import in_threads
 
@@ -62,6 +64,7 @@ class Session:
 
     def __init__(self, options: SessionOptions) -> None:
         check_files(options)
+        check_trigger(options)
         self._protocol = protocol_named(options.protocol)
         self._acquisition = Acquisition(options)
         self._changes: dict[str, Any] = {}
@@ -71,6 +74,7 @@ class Session:
         self._snapshot = Snapshot(self._id, 0, time.time(), self._acquisition.state, self._acquisition.message)
         self._fresh = asyncio.Condition()
         self._over = False
+        self._scan: ActiveScan | None = None
         self.endpoints: list[str] = []
         self.publish_endpoint: str | None = None
 
@@ -80,8 +84,10 @@ class Session:
         # The first run on a machine takes seconds here, later ones find the compiled code on disk.
         await asyncio.to_thread(compile_ahead)
         try:
+            if options.control is not None:
+                await self._ask_detector(await self._stack.enter_async_context(options.control))
             self._receiver = await self._stack.enter_async_context(
-                Receiver(options.addresses, bind=options.bind, pattern=options.pattern)
+                open_receiver(self._protocol, options.addresses, bind=options.bind, pattern=options.pattern)
             )
             self.endpoints = self._receiver.endpoints
             self._publisher = None
@@ -106,6 +112,27 @@ class Session:
         await asyncio.gather(self._task, return_exceptions=True)
         self._acquisition.close()
         await self._stack.aclose()
+
+    async def _ask_detector(self, control: DetectorControl) -> None:
+        """What it says of itself; and configure it, where it is to be armed: before the stream is connected."""
+        acquisition, options = self._acquisition, self.options
+        acquisition.facts = await control.describe()
+        for warning in acquisition.facts.warnings:
+            logger.warning("%s", warning)
+        if options.trigger is None:
+            return
+        own = Layer.of("detector", acquisition.facts.settings, ignore_unknown=True)
+        parameters = Resolution([*options.layers, own])
+        plan = ScanPlan.of(
+            options.trigger,
+            parameters.scan_pattern(),
+            1 if options.passes == 0 else options.passes,
+            count_time_s=options.count_time_s,
+            frame_time_s=options.frame_time_s,
+        )
+        self._scan = ActiveScan(control, plan)
+        for note in (await self._scan.prepare()).notes:
+            logger.warning("%s", note)
 
     def stop(self) -> None:
         """End the session; what has come so far is finished and saved."""
@@ -192,7 +219,7 @@ class Session:
         """Take messages until the last series has ended."""
         acquisition = self._acquisition
         stopped = asyncio.create_task(self._stop.wait())
-        stream = messages(self._receiver, self._protocol.decoder)
+        stream = messages(self._receiver, self._protocol)
         following: asyncio.Future[Message | Silence] | None = None
         try:
             while not self._stop.is_set():
@@ -200,8 +227,10 @@ class Session:
                 await asyncio.wait([following, stopped], return_when=asyncio.FIRST_COMPLETED)
                 if not following.done():
                     break
-                if await acquisition.take(following.result()) and not self.options.follow:
+                if await self._take(following.result()) and not self.options.follow:
+                    await self._leave_detector()
                     return
+            await self._leave_detector()
         finally:
             # Left pending, it would keep the generator running, which then could not be closed.
             waiting = [task for task in (stopped, following) if task is not None]
@@ -209,7 +238,45 @@ class Session:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
             await stream.aclose()
+            if self._scan is not None:
+                # After an error, or when this task is cancelled: the detector must not stay armed.
+                await asyncio.shield(self._scan.end(at_once=True))
         await acquisition.stop()
+
+    async def _take(self, item: Message | Silence) -> bool:
+        """Take one message; True when a series has ended with it."""
+        acquisition, scan = self._acquisition, self._scan
+        if scan is not None:
+            if not await scan.admits(item):
+                acquisition.drop(item)
+                return False
+            if isinstance(item, Silence) and (problem := await scan.watch()):
+                if not acquisition.active:
+                    raise ConnectionFailed(problem)
+                await acquisition.finish(problem)
+                return True
+            if not acquisition.active and scan.waiting_for:
+                acquisition.message = f"waiting for {scan.waiting_for}"
+        if isinstance(item, Silence) and not acquisition.active and self._receiver.link:
+            acquisition.message = self._receiver.link
+        return await acquisition.take(item)
+
+    async def _leave_detector(self) -> None:
+        """Disarm the detector if it was armed here, and hear what it lost."""
+        acquisition, control = self._acquisition, self.options.control
+        if self._scan is not None:
+            finished = await self._scan.end()
+        elif control is not None:
+            finished = Finished(await control.dropped())
+        else:
+            return
+        sentence = finished.message
+        if finished.dropped and not sentence:
+            sentence = f"the detector dropped {finished.dropped} images that nobody took"
+        if sentence:
+            logger.warning("%s", sentence)
+            acquisition.incomplete = acquisition.incomplete or sentence
+            acquisition.set_state(acquisition.state, f"{acquisition.message}; {sentence}".removeprefix("; "))
 
     async def _compute(self) -> None:
         """Let closed rows into the image as they come."""

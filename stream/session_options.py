@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detectors.errors import ConfigurationError, DataFileError
 from stream.config import Layer
+from stream.control import DetectorControl, Trigger
 from stream.result import require_writable
 
 
@@ -40,11 +41,30 @@ class SessionOptions:
     row_timeout_s: float = 1.0
     """close open rows when nothing came for so long"""
     threads: int | None = None
+    control: DetectorControl | None = None
+    """the detector's control interface: asked for what the stream does not say"""
+    trigger: Trigger | None = None
+    """arm the detector through ``control`` for one series, begun by such triggers; None leaves that to others"""
+    count_time_s: float | None = None
+    frame_time_s: float | None = None
+    """what an armed detector is set to; None leaves it as it is"""
 
 
 def numbered(path: Path, count: int) -> Path:
     """``path`` for the first series, ``path-2`` for the second, ..., before the suffix."""
     return path if count <= 1 else path.with_name(f"{path.stem}-{count}{path.suffix}")
+
+
+def check_trigger(options: SessionOptions) -> None:
+    """Raise ``ConfigurationError`` for settings of an armed scan that do not go together."""
+    if options.trigger is None and (options.count_time_s, options.frame_time_s) != (None, None):
+        raise ConfigurationError("count and frame time are set when the detector is armed from here: add --trigger")
+    if options.trigger is not None and options.control is None:
+        raise ConfigurationError(
+            "--trigger arms the detector through its control interface: add --simplon or --control"
+        )
+    if options.trigger is not None and options.follow:
+        raise ConfigurationError("--trigger arms the detector for one series: leave --follow out")
 
 
 def check_files(options: SessionOptions) -> None:

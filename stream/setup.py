@@ -35,7 +35,8 @@ class Setup:
     """Everything that a reconstruction rests on. Lengths in Å, angles of the probe in rad.
 
     ``scan_step`` (row, column) [Å]; ``dtype`` of the frames; ``passes`` None for continuous scanning; ``averaging``
-    averages the passes instead of letting the newest one replace the others.
+    averages the passes instead of letting the newest one replace the others. ``maximum_is_masked``: pixels of the
+    dtype's largest value are not counts.
     """
 
     geometry: DetectorGeometry
@@ -46,6 +47,7 @@ class Setup:
     method: Method
     passes: int | None = 1
     averaging: bool = False
+    maximum_is_masked: bool = False
 
     @property
     def passband(self) -> Passband:

@@ -1,25 +1,21 @@
 """The compiled part of decoding: one GIL-free call unpacks a batch of payloads and makes every sum.
 
-LZ4 and the dense bit transpose are the libraries' own C functions (from the HDF5 bitshuffle filter, see
-``detectors.codec``), called from Numba by name so that the compiled code can be cached on disk.
-
 Electron counts are sparse. A bitshuffled block arrives as bit planes, and at counting doses most of their bits are 0:
-where at most one bit in ``_SPARSE`` is set, the set bits are visited one by one and nothing else is touched.
+where at most one bit in ``_SPARSE`` is set, the set bits are visited one by one and nothing else is touched. All other
+frames are unpacked into pixels first.
+
+Whatever is compiled into these calls stands in this file, but for the hardly changing ``stream.intrinsics``: to tell
+whether the machine code that it keeps on disk is out of date, Numba looks at no other file.
 """
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
-
-import llvmlite.binding
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from detectors.codec import BLOCK_BYTES, bitshuffle_library
+from detectors.codec import BLOCK_BYTES
+from detectors.messages import Encoding
+from stream.intrinsics import address, count_ones, count_trailing_zeros, lz4_decompress, swap_bytes, untranspose_bits
 
 #: Columns of the per-position sums.
 TOTAL, BRIGHT_FIELD, MOMENT_ROW, MOMENT_COLUMN = range(4)
@@ -34,93 +30,269 @@ REASONS = {
     NO_NUMBER: "a pixel that is not masked holds NaN or infinity",
 }
 
-_library = bitshuffle_library()
-for _name in ("LZ4_decompress_safe", "bshuf_untrans_bit_elem"):
-    llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_library, _name), ctypes.c_void_p).value)
+# LZ4's rules for the end of a block (lz4_Block_format.md, "End of block conditions"): the last 5 bytes are literals,
+# the last match starts at least 12 bytes before the end. The library refuses blocks that break them.
+_LAST_LITERALS = 5
+_MATCH_LIMIT = 12
 
-_lz4_decompress = types.ExternalFunction(
-    "LZ4_decompress_safe", types.int32(types.voidptr, types.voidptr, types.int32, types.int32)
-)
-_untranspose_bits = types.ExternalFunction(
-    "bshuf_untrans_bit_elem", types.int64(types.voidptr, types.voidptr, types.uint64, types.uint64)
-)
-
-
-@intrinsic
-def _address(typingctx: Any, array: Any, offset: Any) -> Any:
-    """The address of a byte of a uint8 array, as a C pointer."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
-
-    return types.voidptr(array, types.int64), codegen
-
-
-@intrinsic
-def _count_trailing_zeros(typingctx: Any, word: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.uint64(types.uint64), codegen
-
-
-@intrinsic
-def _count_ones(typingctx: Any, word: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return types.uint64(types.uint64), codegen
-
+_RAW, _RAW_BIG_ENDIAN = int(Encoding.RAW), int(Encoding.RAW_BIG_ENDIAN)
+_LZ4, _BSLZ4, _LZ4_BLOCKS = int(Encoding.LZ4), int(Encoding.BSLZ4), int(Encoding.LZ4_BLOCKS)
+_MERLIN_1BIT, _MERLIN_12BIT = int(Encoding.MERLIN_1BIT), int(Encoding.MERLIN_12BIT)
+_MERLIN_QUAD_1BIT, _MERLIN_QUAD_12BIT = int(Encoding.MERLIN_QUAD_1BIT), int(Encoding.MERLIN_QUAD_12BIT)
 
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
+# a payload as bytes
+
+
 @_compiled
-def _big_endian(slab: np.ndarray, at: int, count: int) -> int:
+def _big_endian(slab, at, count):
     value = 0
     for i in range(count):
-        value = value << 8 | slab[at + i]
+        value = value << 8 | int(slab[at + i])
     return value
 
 
 @_compiled
-def _unpack_planes(slab: np.ndarray, at: int, size: int, nbytes: int, itemsize: int, planes: np.ndarray) -> int:
-    """LZ4-decode every block of a bslz4 payload into ``planes``; returns the block size in bytes, or -1."""
-    end = at + size
-    if size < 12 or _big_endian(slab, at, 8) != nbytes:
+def _lz4_fits(slab, at, end, wanted):
+    """Whether the LZ4 block in ``slab[at:end]`` unpacks to exactly ``wanted`` bytes."""
+    done = 0
+    while at < end:
+        token = int(slab[at])
+        at += 1
+        literals = token >> 4
+        more = literals == 15
+        while more:
+            if at >= end:
+                return False
+            literals += int(slab[at])
+            more = slab[at] == 255
+            at += 1
+        at += literals
+        done += literals
+        if at == end:
+            return done == wanted
+        if at > end - 3 - _LAST_LITERALS or done > wanted - _MATCH_LIMIT:
+            return False
+        if int(slab[at]) | int(slab[at + 1]) << 8 > done:
+            return False
+        at += 2
+        match = token & 15
+        more = match == 15
+        while more:
+            if at >= end - _LAST_LITERALS + 1:
+                return False
+            match += int(slab[at])
+            more = slab[at] == 255
+            at += 1
+        done += match + 4
+        if done > wanted - _LAST_LITERALS:
+            return False
+    return False
+
+
+@_compiled
+def _unpack_blocks(slab, at, end, nbytes, group, out):
+    """Unpack the LZ4 blocks of an HDF5 chunk into ``out``, or only look whether they are sound where that is empty.
+
+    ``group``: bytes of pixels that are shuffled together, 1 for the plain LZ4 filter. Returns the bytes of pixels in a
+    block, or -1 for a chunk that does not hold ``nbytes``.
+    """
+    if end - at < 12 or _big_endian(slab, at, 8) != nbytes:
         return -1
     block = _big_endian(slab, at + 8, 4)
-    if block == 0:
+    if block == 0 and group > 1:
         block = BLOCK_BYTES
-    group = 8 * itemsize
-    if block % group or block > 1 << 30:
+    if block == 0 or block % group:
         return -1
     at += 12
     done = 0
-    shuffled = nbytes - nbytes % group
-    while done < shuffled:
-        wanted = min(block, shuffled - done)
+    packed = nbytes - nbytes % group
+    while done < packed:
+        wanted = min(block, packed - done)
         if at + 4 > end:
             return -1
         length = _big_endian(slab, at, 4)
         at += 4
         if length > end - at:
             return -1
-        if _lz4_decompress(_address(slab, at), _address(planes, done), length, wanted) != wanted:
+        if group == 1 and length == wanted:  # this one is not packed
+            if len(out):
+                out[done : done + wanted] = slab[at : at + wanted]
+        elif len(out) == 0:
+            if not _lz4_fits(slab, at, at + length, wanted):
+                return -1
+        elif lz4_decompress(address(slab, at), address(out, done), length, wanted) != wanted:
             return -1
         at += length
         done += wanted
-    if end - at != nbytes - shuffled:
+    if end - at != nbytes - packed:
         return -1
-    planes[shuffled:nbytes] = slab[at:end]  # what does not fill a group of 8 pixels travels as it is
+    if len(out):
+        out[packed:nbytes] = slab[at:end]  # what does not fill a group of 8 pixels travels as it is
     return block
+
+
+@_compiled
+def _holds_merlin(size, encoding, pixels, width, itemsize):
+    """Whether so many bytes are one raw frame of a Merlin: see ``detectors.codec``."""
+    quad = encoding >= _MERLIN_QUAD_1BIT
+    one_bit = encoding in (_MERLIN_1BIT, _MERLIN_QUAD_1BIT)
+    if itemsize != (2 if encoding in (_MERLIN_12BIT, _MERLIN_QUAD_12BIT) else 1):
+        return False
+    in_a_word = 64 if one_bit else 8 // itemsize
+    chips = 2 if quad else 1
+    if width % (chips * in_a_word) or pixels // width % chips:
+        return False
+    return size == (pixels // 8 if one_bit else pixels * itemsize)
+
+
+@_compiled
+def check_frames(slab, offsets, sizes, encoding, pixels, width, itemsize):
+    """bool (frames,): which payloads ``decode_frames`` would take, as far as bytes go; no pixel is written."""
+    whole = np.zeros(len(offsets), np.bool_)
+    nothing = np.empty(0, np.uint8)
+    nbytes = pixels * itemsize
+    for i in range(len(offsets)):
+        at, size = offsets[i], sizes[i]
+        if at < 0 or size < 0 or at > len(slab) - size:
+            continue
+        if encoding in (_RAW, _RAW_BIG_ENDIAN):
+            whole[i] = size == nbytes
+        elif encoding == _LZ4:
+            whole[i] = _lz4_fits(slab, at, at + size, nbytes)
+        elif encoding == _BSLZ4:
+            whole[i] = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, nothing) > 0
+        elif encoding == _LZ4_BLOCKS:
+            whole[i] = _unpack_blocks(slab, at, at + size, nbytes, 1, nothing) > 0
+        elif _MERLIN_1BIT <= encoding <= _MERLIN_QUAD_12BIT:
+            whole[i] = _holds_merlin(size, encoding, pixels, width, itemsize)
+    return whole
+
+
+# a payload as pixels
+
+
+@_compiled
+def _untranspose(planes, block, itemsize, out):
+    """Every bitshuffled block back into pixels."""
+    nbytes = len(out)
+    shuffled = nbytes - nbytes % (8 * itemsize)
+    for done in range(0, shuffled, block):
+        count = min(block, shuffled - done) // itemsize
+        untranspose_bits(address(planes, done), address(out, done), np.uint64(count), np.uint64(itemsize))
+    out[shuffled:] = planes[shuffled:nbytes]
+
+
+@_compiled
+def _reverse_words(data):
+    words = data.view(np.uint64)
+    for i in range(len(words)):
+        words[i] = swap_bytes(words[i])
+
+
+@_compiled
+def _unpack_merlin(slab, at, size, encoding, width, frame, planes):
+    quad = encoding >= _MERLIN_QUAD_1BIT
+    frame_bytes = frame.view(np.uint8)
+    # The rows of four chips side by side, or the picture itself.
+    mosaic_bytes = planes[: len(frame_bytes)] if quad else frame_bytes
+    mosaic = mosaic_bytes.view(frame.dtype)
+    if encoding in (_MERLIN_1BIT, _MERLIN_QUAD_1BIT):
+        bits = frame_bytes[:size] if quad else planes[:size]
+        bits[:] = slab[at : at + size]
+        _reverse_words(bits)
+        for i in range(size):
+            for k in range(8):
+                mosaic[8 * i + k] = bits[i] >> k & 1
+    else:
+        mosaic_bytes[:] = slab[at : at + size]
+        _reverse_words(mosaic_bytes)
+    if quad:
+        half = width // 2
+        rows = len(frame) // width
+        for r in range(rows // 2):
+            source = mosaic[2 * width * r : 2 * width * (r + 1)]  # Q4, Q3, Q2, Q1
+            upper = frame[width * r : width * (r + 1)]
+            upper[:half] = source[3 * half :]
+            upper[half:] = source[width : 3 * half]
+            lower = frame[width * (rows - 1 - r) : width * (rows - r)]
+            for c in range(width):
+                lower[c] = source[width - 1 - c]
+
+
+@_compiled
+def _unpack(slab, at, size, encoding, width, frame, planes):
+    """One payload into ``frame``, whatever its encoding; ``planes`` is scratch of as many bytes."""
+    itemsize = frame.itemsize
+    frame_bytes = frame.view(np.uint8)
+    nbytes = len(frame_bytes)
+    if encoding in (_RAW, _RAW_BIG_ENDIAN):
+        if size != nbytes:
+            return WRONG_SIZE
+        frame_bytes[:] = slab[at : at + size]
+        if encoding == _RAW_BIG_ENDIAN and itemsize == 2:
+            halves = frame_bytes.view(np.uint16)
+            for i in range(len(halves)):
+                halves[i] = swap_bytes(halves[i])
+        elif encoding == _RAW_BIG_ENDIAN and itemsize == 4:
+            words = frame_bytes.view(np.uint32)
+            for i in range(len(words)):
+                words[i] = swap_bytes(words[i])
+    elif encoding == _LZ4:
+        if size > 2147483647 or lz4_decompress(address(slab, at), address(frame_bytes, 0), size, nbytes) != nbytes:
+            return DAMAGED
+    elif encoding == _BSLZ4:
+        block = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, planes)
+        if block < 0:
+            return DAMAGED
+        _untranspose(planes, block, itemsize, frame_bytes)
+    elif encoding == _LZ4_BLOCKS:
+        if _unpack_blocks(slab, at, at + size, nbytes, 1, frame_bytes) < 0:
+            return DAMAGED
+    elif _MERLIN_1BIT <= encoding <= _MERLIN_QUAD_12BIT:
+        if not _holds_merlin(size, encoding, len(frame), width, itemsize):
+            return WRONG_SIZE
+        _unpack_merlin(slab, at, size, encoding, width, frame, planes)
+    else:
+        return WRONG_SIZE
+    return OK
+
+
+@_compiled
+def _clear(frame, masked):
+    """Pixels of the value that stands for "no count" become 0; ``masked``: that value, or nothing."""
+    if len(masked):
+        for i in range(len(frame)):
+            frame[i] = 0 if frame[i] == masked[0] else frame[i]
+
+
+@_compiled
+def _subtract(frame, other):
+    """``frame - other``, never below 0: so a pixel that is masked in ``other``, the largest value, becomes 0 too."""
+    for i in range(len(frame)):
+        frame[i] = 0 if frame[i] <= other[i] else frame[i] - other[i]
+
+
+@_compiled
+def _holds_numbers(frame, bad):
+    """Whether every pixel that is not masked is finite: one that is not would spoil every image it gets into."""
+    for i in range(len(bad)):
+        frame[bad[i]] = 0
+    for value in frame:  # noqa: SIM110 - compiled, and a generator is not
+        if not np.isfinite(value):
+            return False
+    return True
+
+
+# pixels into rows and sums
 
 
 @_compiled
 def _add_dense(frame, start, stop, plan, pattern, column_sums, row, sums):
     """Add pixels ``start : stop`` of an unpacked frame."""
-    bf_pixels, _, bad, width = plan
+    bf_pixels, _, bad, width, _, _ = plan
     for i in range(np.searchsorted(bad, start), np.searchsorted(bad, stop)):
         frame[bad[i]] = 0
     at = start
@@ -150,9 +322,35 @@ def _add_dense(frame, start, stop, plan, pattern, column_sums, row, sums):
 
 
 @_compiled
+def _clear_planes(words, plane_words, planes):
+    """``_clear`` for bit planes: the largest value has every bit set. Most words of the highest plane are 0."""
+    for w in range(plane_words):
+        full = words[(planes - 1) * plane_words + w]
+        if full:
+            for plane in range(planes - 1):
+                full &= words[plane * plane_words + w]
+        if full:
+            for plane in range(planes):
+                words[plane * plane_words + w] &= ~full
+
+
+@_compiled
+def _is_sparse(words, plane_words):
+    """Whether fewer bits are set than one in ``_SPARSE`` pixels; the lowest planes usually know."""
+    most = np.uint64(64 * plane_words // _SPARSE)
+    ones = np.uint64(0)
+    for first in range(0, len(words), plane_words):
+        for word in words[first : first + plane_words]:
+            ones += count_ones(word)
+        if ones > most:
+            return False
+    return True
+
+
+@_compiled
 def _add_sparse(words, plane_words, planes, start, plan, pattern, row, sums):
     """Add the block of pixels from ``start`` by visiting the set bits of its planes, ``plane_words`` words each."""
-    bf_pixels, bf_slot, _, width = plan
+    bf_pixels, bf_slot, _, width, _, _ = plan
     for i in range(np.searchsorted(bf_pixels, start), np.searchsorted(bf_pixels, start + 64 * plane_words)):
         row[i] = 0
     total = bright = moment_row = moment_column = sums[0] * 0
@@ -161,7 +359,7 @@ def _add_sparse(words, plane_words, planes, start, plan, pattern, row, sums):
         for w in range(plane_words):
             word = words[plane * plane_words + w]
             while word:
-                pixel = start + 64 * w + np.int64(_count_trailing_zeros(word))
+                pixel = start + 64 * w + np.int64(count_trailing_zeros(word))
                 word &= word - np.uint64(1)
                 slot = bf_slot[pixel]
                 if slot == -2:  # a masked pixel
@@ -181,97 +379,75 @@ def _add_sparse(words, plane_words, planes, start, plan, pattern, row, sums):
 
 
 @_compiled
-def _holds_numbers(frame, bad):
-    """Whether every pixel that is not masked is finite: one that is not would spoil every image it gets into."""
-    for i in range(len(bad)):
-        frame[bad[i]] = 0
-    for value in frame:  # noqa: SIM110 - compiled, and a generator is not
-        if not np.isfinite(value):
-            return False
-    return True
-
-
-@_compiled
-def _add_frame(slab, at, size, encoding, plan, frame, planes, pattern, column_sums, row, sums):
-    """Unpack one frame and add it everywhere; nothing is added unless the whole payload is sound."""
-    pixels = len(frame)
+def _add_planes(planes, block, plan, frame, pattern, column_sums, row, sums):
+    """Add a frame of counts from the bit planes of its blocks (``block`` bytes), each by the quicker way."""
+    masked = plan[4]
     itemsize = frame.itemsize
-    nbytes = pixels * itemsize
     frame_bytes = frame.view(np.uint8)
-    sums[:] = 0
-    column_sums[:] = 0
-    if encoding == 2:
-        block = _unpack_planes(slab, at, size, nbytes, itemsize, planes)
-        if block < 0:
-            return DAMAGED
-        shuffled = nbytes - nbytes % (8 * itemsize)
-        dense = False
-        done = 0
-        while itemsize == 4 and done < shuffled:  # never sparse, and looked at as a whole before any of it is added
-            wanted = min(block, shuffled - done)
-            _untranspose_bits(
-                _address(planes, done), _address(frame_bytes, done), np.uint64(wanted // itemsize), np.uint64(itemsize)
-            )
-            done += wanted
-        if itemsize == 4:
-            frame_bytes[shuffled:] = planes[shuffled:nbytes]
-            if not _holds_numbers(frame, plan[2]):
-                return NO_NUMBER
-            _add_dense(frame, 0, pixels, plan, pattern, column_sums, row, sums)
-            dense = True
-        while done < shuffled:
-            wanted = min(block, shuffled - done)
-            first = done // itemsize
-            count = wanted // itemsize
-            sparse = False
-            if count % 64 == 0 and itemsize < 4:
-                words = planes[done : done + wanted].view(np.uint64)
-                ones = np.uint64(0)
-                for word in words:
-                    ones += _count_ones(word)
-                if ones * np.uint64(_SPARSE) < count:
-                    _add_sparse(words, count // 64, 8 * itemsize, first, plan, pattern, row, sums)
-                    sparse = True
-            if not sparse:
-                _untranspose_bits(
-                    _address(planes, done), _address(frame_bytes, done), np.uint64(count), np.uint64(itemsize)
-                )
-                _add_dense(frame, first, first + count, plan, pattern, column_sums, row, sums)
-                dense = True
-            done += wanted
-        if itemsize < 4 and shuffled < nbytes:
-            frame_bytes[shuffled:] = planes[shuffled:nbytes]
-            _add_dense(frame, shuffled // itemsize, pixels, plan, pattern, column_sums, row, sums)
-            dense = True
-        if not dense:
-            return OK
-    else:
-        if encoding == 1:
-            if (
-                size > 2147483647
-                or _lz4_decompress(_address(slab, at), _address(frame_bytes, 0), size, nbytes) != nbytes
-            ):
-                return DAMAGED
-        else:  # raw: FrameDecoder takes no other encoding
-            if size != nbytes:
-                return WRONG_SIZE
-            frame_bytes[:] = slab[at : at + size]
-        if itemsize == 4 and not _holds_numbers(frame, plan[2]):
-            return NO_NUMBER
-        _add_dense(frame, 0, pixels, plan, pattern, column_sums, row, sums)
-    for c in range(len(column_sums)):
-        sums[MOMENT_COLUMN] += c * column_sums[c]
-    return OK
+    nbytes = len(frame_bytes)
+    shuffled = nbytes - nbytes % (8 * itemsize)
+    for done in range(0, shuffled, block):
+        wanted = min(block, shuffled - done)
+        first = done // itemsize
+        count = wanted // itemsize
+        if count % 64 == 0:
+            words = planes[done : done + wanted].view(np.uint64)
+            if len(masked):
+                _clear_planes(words, count // 64, 8 * itemsize)
+            if _is_sparse(words, count // 64):
+                _add_sparse(words, count // 64, 8 * itemsize, first, plan, pattern, row, sums)
+                continue
+        untranspose_bits(address(planes, done), address(frame_bytes, done), np.uint64(count), np.uint64(itemsize))
+        _clear(frame[first : first + count], masked)
+        _add_dense(frame, first, first + count, plan, pattern, column_sums, row, sums)
+    if shuffled < nbytes:
+        frame_bytes[shuffled:] = planes[shuffled:nbytes]
+        first = shuffled // itemsize
+        _clear(frame[first:], masked)
+        _add_dense(frame, first, len(frame), plan, pattern, column_sums, row, sums)
 
 
 @_compiled
-def decode_frames(
-    slab, offsets, sizes, encoding, targets, plan, frame, planes, pattern, column_sums, rows, sums, status
-):
+def decode_frames(payloads, minus, targets, plan, scratch, pattern, column_sums, rows, sums, status):
+    """Unpack frames and add them everywhere; of one that is not sound nothing is added.
+
+    ``payloads``, ``minus``: (slab, offsets, sizes, encoding); ``minus`` has no offsets where nothing is subtracted.
+    ``plan``: see ``stream.decode.FrameDecoder``. ``scratch``: two frames, and the bytes of one.
+    """
+    slab, offsets, sizes, encoding = payloads
+    minus_slab, minus_offsets, minus_sizes, minus_encoding = minus
+    _, _, bad, width, masked, holds_floats = plan
+    frame, other, planes = scratch
+    pixels, itemsize = len(frame), frame.itemsize
     moments = np.zeros(4, sums.dtype)
     for i in range(len(offsets)):
-        target = targets[i]
-        status[i] = _add_frame(
-            slab, offsets[i], sizes[i], encoding, plan, frame, planes, pattern, column_sums, rows[target], moments
-        )
-        sums[target] = moments
+        at, size = offsets[i], sizes[i]
+        status[i] = WRONG_SIZE
+        if at < 0 or size < 0 or at > len(slab) - size:
+            continue
+        row = rows[targets[i]]
+        moments[:] = 0
+        column_sums[:] = 0
+        if encoding == _BSLZ4 and not holds_floats and len(minus_offsets) == 0:
+            nbytes = pixels * itemsize
+            block = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, planes)
+            status[i] = OK if block > 0 else DAMAGED
+            if block > 0:
+                _add_planes(planes, block, plan, frame, pattern, column_sums, row, moments)
+        else:
+            status[i] = _unpack(slab, at, size, encoding, width, frame, planes)
+            _clear(frame, masked)
+            if len(minus_offsets) and status[i] == OK:
+                at, size = minus_offsets[i], minus_sizes[i]
+                if at < 0 or size < 0 or at > len(minus_slab) - size:
+                    status[i] = WRONG_SIZE
+                else:
+                    status[i] = _unpack(minus_slab, at, size, minus_encoding, width, other, planes)
+                    _subtract(frame, other)
+            if holds_floats and status[i] == OK and not _holds_numbers(frame, bad):
+                status[i] = NO_NUMBER
+            if status[i] == OK:
+                _add_dense(frame, 0, pixels, plan, pattern, column_sums, row, moments)
+        for c in range(width):
+            moments[MOMENT_COLUMN] += c * column_sums[c]
+        sums[targets[i]] = moments

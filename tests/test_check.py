@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 import zmq
 import zmq.asyncio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from detectors.errors import ConfigurationError
+from detectors.merlin_device import SimulatedMerlin
+from detectors.messages import Encoding
+from detectors.protocols.registry import PROTOCOLS, protocol_named
+from detectors.source import EncodedSource
 from stream.check import Finding, check_address
-from tests.live_helpers import ANY_PORT, FRAMES, OPTICS_AND_DISK, PlainSender, all_frames, patiently, plainly, serving
+from stream.probe import advice, is_zeromq, probe, socket_type
+from tests.live_helpers import (
+    ANY_PORT,
+    FRAMES,
+    OPTICS_AND_DISK,
+    SCAN,
+    PlainSender,
+    all_frames,
+    patiently,
+    plainly,
+    serving,
+)
 
 
 async def verdicts(address: str, **options: Any) -> dict[str, Finding]:
@@ -82,7 +100,6 @@ async def test_nobody_listens() -> None:
         (b"", False, "says nothing by itself"),
         (b"", True, "says nothing by itself"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", False, "begins with b'SSH-2.0-Op'"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", True, "begins with b'HTTP/1.1 4'"),
         (b"\xff" * 10, False, "begins with"),
     ],
 )
@@ -92,6 +109,28 @@ async def test_something_else_on_the_port(greeting: bytes, close: bool, text: st
     assert found["connection"].verdict == "ERROR"
     assert "not ZeroMQ" in found["connection"].text
     assert text in found["connection"].text
+
+
+async def http_reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+    writer.close()
+
+
+@pytest.mark.parametrize("protocol", ["native", "dectris-v2", "merlin"])
+async def test_an_http_server_is_recognised(protocol: str) -> None:
+    listening = await asyncio.start_server(http_reply, "127.0.0.1", 0)
+    try:
+        address = f"tcp://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        found = await verdicts(address, protocol=protocol, timeout_s=0.3)
+    finally:
+        listening.close()
+        await listening.wait_closed()
+    assert found["connection"].verdict == "ERROR"
+    assert "an HTTP server answers: is this the SIMPLON REST port?" in found["connection"].text
+    assert "31001" in found["connection"].text
 
 
 async def test_silence() -> None:
@@ -110,7 +149,8 @@ async def test_another_protocol_is_spoken() -> None:
     async with plainly(send) as address:
         found = await verdicts(address)
     assert found["messages"].verdict == "ERROR"
-    assert "another --protocol" in found["messages"].text
+    assert "these are dectris-v1 messages" in found["messages"].text
+    assert "use --protocol dectris-v1" in found["messages"].text
     assert found["start"].verdict == found["frames"].verdict == "TIMEOUT"
 
 
@@ -172,12 +212,150 @@ async def test_an_unknown_protocol_is_refused() -> None:
         await check_address(ANY_PORT, protocol="morse")
 
 
-async def test_a_socket_of_the_wrong_kind_is_silence() -> None:
+async def test_noise_is_of_no_protocol() -> None:
+    async def send(sender: PlainSender) -> None:
+        for _ in range(30):
+            await sender.raw(b"\x00noise")
+
+    async with plainly(send) as address:
+        found = await verdicts(address)
+    assert found["messages"].verdict == "ERROR"
+    assert "is another --protocol spoken?" in found["messages"].text
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "text"),
+    [
+        (zmq.PUB, "pull", "ZeroMQ PUB socket answers on 127.0.0.1 port [0-9]+: the detector publishes, use --sub"),
+        (zmq.XPUB, "pull", "use --sub"),
+        (zmq.PUSH, "sub", "ZeroMQ PUSH socket answers .*: the detector does not publish, leave --sub out"),
+        (zmq.REP, "pull", "ZeroMQ REP socket answers .*: it sends no frames; check the port"),
+        (zmq.PUSH, "pull", "a ZeroMQ socket answers"),
+        (zmq.PUB, "sub", "a ZeroMQ socket answers"),
+    ],
+)
+async def test_a_socket_of_the_wrong_kind_is_recognised(kind: int, pattern: str, text: str) -> None:
     context = zmq.asyncio.Context()
     try:
-        socket = context.socket(zmq.PUB)  # and we pull
+        socket = context.socket(kind)
         socket.bind(ANY_PORT)
-        found = await verdicts(socket.getsockopt_string(zmq.LAST_ENDPOINT), timeout_s=0.5)
+        found = await verdicts(socket.getsockopt_string(zmq.LAST_ENDPOINT), pattern=pattern, timeout_s=0.3)
     finally:
         context.destroy(linger=0)
-    assert found["messages"].verdict == "TIMEOUT"
+    assert re.search(text, found["connection"].text)
+    assert found["connection"].verdict == ("OK" if text == "a ZeroMQ socket answers" else "ERROR")
+
+
+async def test_the_probe_takes_no_message_from_a_stream() -> None:
+    async def send(sender: PlainSender) -> None:
+        await sender.start()
+        await sender.scan(all_frames(), range(FRAMES))
+        await sender.end()
+
+    async with plainly(send) as address:
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        for _ in range(3):
+            assert (await probe(host, int(port), protocol_named("native"), 1.0)).socket_type == "PUSH"
+        found = await verdicts(address)
+    assert f"{FRAMES} frames" in found["frames"].text
+
+
+# plain TCP
+
+
+async def test_all_is_well_with_merlin() -> None:
+    async with serving(encoding=Encoding.RAW_BIG_ENDIAN, protocol="merlin") as (endpoint, _):
+        found = await verdicts(endpoint, protocol="merlin")
+    assert {name: found[name].verdict for name in ("connection", "messages", "start", "frames")} == dict.fromkeys(
+        ("connection", "messages", "start", "frames"), "OK"
+    )
+    assert f"{FRAMES} frames" in found["frames"].text
+
+
+async def test_a_zeromq_protocol_and_merlins_data_port() -> None:
+    async with serving(encoding=Encoding.RAW_BIG_ENDIAN, protocol="merlin") as (endpoint, _):
+        found = await verdicts(endpoint, protocol="dectris-v2")
+    assert found["connection"].verdict == "ERROR"
+    assert "these are merlin messages" in found["connection"].text
+    assert "use --protocol merlin" in found["connection"].text
+    async with server(b"") as address:  # an idle one says nothing
+        found = await verdicts(address, protocol="dectris-v2")
+    assert "Merlin's data port, perhaps: use --protocol merlin" in found["connection"].text
+
+
+async def test_merlin_and_a_zeromq_socket() -> None:
+    async with PlainSender() as sender:
+        found = await verdicts(sender.endpoint, protocol="merlin", timeout_s=0.5)
+    assert found["connection"].verdict == "ERROR"
+    assert "a ZeroMQ socket answers, and merlin is plain TCP: use --protocol native or" in found["connection"].text
+
+
+async def test_merlin_and_its_control_port() -> None:
+    merlin = SimulatedMerlin(EncodedSource(SCAN, Encoding.RAW_BIG_ENDIAN))
+    async with merlin.serving(ANY_PORT):
+        found = await verdicts(merlin.endpoint, protocol="merlin", timeout_s=0.3)
+    assert found["connection"].verdict == "ERROR"
+    assert "it is the control port; frames come from another one, usually 6342" in found["connection"].text
+
+
+@pytest.mark.parametrize(
+    ("greeting", "close", "verdict", "text"),
+    [
+        (b"", False, "OK", "a TCP server takes the connection"),
+        (b"", True, "OK", "a TCP server takes the connection"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", False, "ERROR", "answers, but not merlin: it begins with b'SSH-2.0-Op'"),
+    ],
+)
+async def test_merlin_and_something_else(greeting: bytes, close: bool, verdict: str, text: str) -> None:
+    async with server(greeting, close) as address:
+        found = await verdicts(address, protocol="merlin", timeout_s=0.3)
+    assert found["connection"].verdict == verdict
+    assert text in found["connection"].text
+    assert found["messages"].verdict == ("TIMEOUT" if verdict == "OK" else "-")
+
+
+async def test_merlin_and_nobody() -> None:
+    async with PlainSender() as gone:
+        address = gone.endpoint
+    found = await verdicts(address, protocol="merlin", timeout_s=0.3)
+    assert found["connection"].verdict == "ERROR"
+    assert "nobody listens on 127.0.0.1 port" in found["connection"].text
+    assert "--bind" not in found["connection"].text
+    for address in ("nonsense", "tcp://127.0.0.1:port"):
+        found = await verdicts(address, protocol="merlin", timeout_s=0.3)
+        assert "not an address" in found["connection"].text
+    with pytest.raises(ConfigurationError, match="it cannot be bound"):
+        await check_address(address, protocol="merlin", bind=True)
+
+
+# the bytes of ZeroMQ's handshake (ZMTP 3.0, RFC 23), written down here by hand
+
+
+_HANDSHAKE = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16 + 32)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        (b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03PUB", "PUB"),
+        (b"\x04\x28\x05READY\x08Identity\x00\x00\x00\x00\x0bSocket-Type\x00\x00\x00\x04PUSH", "PUSH"),
+        (b"\x06" + bytes(7) + b"\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03PUB", "PUB"),
+        (b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03P", ""),
+        (b"\x04\x19\x05READY\xffSocket-Type\x00\x00\x00\x03PUB", ""),
+        (b"\x04\x06\x05ERROR", ""),
+        (b"\x00\x01x", ""),
+        (b"", ""),
+    ],
+)
+def test_the_type_of_a_zeromq_socket(command: bytes, kind: str) -> None:
+    assert socket_type(_HANDSHAKE + command) == kind
+    assert is_zeromq(_HANDSHAKE)
+    for length in range(len(_HANDSHAKE + command)):
+        assert socket_type((_HANDSHAKE + command)[:length]) in ("", kind)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_may_follow_a_greeting(noise: bytes) -> None:
+    assert isinstance(socket_type(_HANDSHAKE + noise), str)
+    for protocol in PROTOCOLS.values():
+        assert isinstance(advice(protocol, noise), str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,9 @@ def test_defaults() -> None:
     assert values["serpentine"] is False
     assert values["averaging"] is False
     assert values["positions"] is None
+    assert (values["start_offset"], values["row_starts"], values["orientation"]) == (0, "index", "as-sent")
+    assert values["frames_per_trigger"] is None
+    assert values["channel"] is None
 
 
 def test_falsy_values_are_values() -> None:
@@ -188,6 +192,111 @@ def test_setup_in_other_units() -> None:
     assert setup.geometry.pixel_mrad == case.pixel
 
 
+# line triggers
+
+WITHOUT_SHAPE = {key: value for key, value in COMPLETE.items() if key != "scan_shape"}
+
+
+def triggered(frames: int | None, *layers: dict[str, Any]) -> Resolution:
+    return Resolution([Layer.of(f"layer {i}", values) for i, values in enumerate(layers)], frames)
+
+
+@pytest.mark.parametrize(
+    ("frames", "given_", "flyback"),
+    [
+        (7 * 12, {"frames_per_trigger": 12}, 2),
+        (7 * 10, {"frames_per_trigger": 10}, 0),
+        (9 * 12, {"frames_per_trigger": 12}, 2),  # two rows before the scan
+        (9 * 12, {"frames_per_trigger": 12, "start_offset": 24}, 2),
+        (2 * 7 * 12, {"frames_per_trigger": 12}, 2),
+        (None, {"frames_per_trigger": 12}, 2),
+        (7 * 12, {"frames_per_trigger": 12, "flyback_frames_per_row": 2}, 2),
+        (70, {"frames_per_trigger": 1}, 0),
+        (3 * 70, {"frames_per_trigger": 70}, 0),  # a trigger for each pass
+        (7 * 80, {"frames_per_trigger": 80}, 0),
+        (70, {}, 0),
+    ],
+)
+def test_flyback_of_a_line_trigger(frames: int | None, given_: dict[str, Any], flyback: int) -> None:
+    resolution = triggered(frames, COMPLETE, given_)
+    parameters = resolution.resolve()
+    assert parameters.values["flyback_frames_per_row"] == flyback
+    assert not resolution.notes
+    if flyback and "flyback_frames_per_row" not in given_:
+        assert parameters.sources["flyback_frames_per_row"] == (
+            "derived from scan_shape and frames_per_trigger of the layer 1"
+        )
+
+
+@pytest.mark.parametrize(
+    ("frames", "given_", "said"),
+    [
+        (4 * 70, {"frames_per_trigger": 4}, "for a position of its own"),
+        (7 * 12, {"frames_per_trigger": 12, "flyback_frames_per_row": 3}, "10 positions and 3 frames of flyback"),
+        (5 * 12, {"frames_per_trigger": 12}, r"\(5 triggers\), and each of the 7 rows"),
+        (None, {"frames_per_trigger": 9}, "takes 9 frames for each trigger, and"),
+    ],
+)
+def test_triggers_that_do_not_fit_are_noted(frames: int | None, given_: dict[str, Any], said: str) -> None:
+    resolution = triggered(frames, COMPLETE, given_)
+    assert len(resolution.notes) == 1
+    assert re.search(said, resolution.notes[0])
+    assert resolution.resolve().values["flyback_frames_per_row"] == given_.get("flyback_frames_per_row", 0)
+
+
+@pytest.mark.parametrize(
+    ("frames", "given_", "shape"),
+    [
+        (7 * 12, {"frames_per_trigger": 12}, (7, 12)),
+        (7 * 12 + 5, {"frames_per_trigger": 12}, (7, 12)),
+        (7 * 12, {"frames_per_trigger": 12, "start_offset": 12}, (6, 12)),
+        (7 * 12, {"frames_per_trigger": 12, "flyback_frames_per_row": 2}, (7, 10)),
+    ],
+)
+def test_scan_shape_of_a_line_trigger(frames: int, given_: dict[str, Any], shape: tuple[int, int]) -> None:
+    resolution = triggered(frames, WITHOUT_SHAPE, given_)
+    parameters = resolution.resolve()
+    assert parameters.values["scan_shape"] == shape
+    assert parameters.sources["scan_shape"] == (f"derived from frames_per_trigger of the layer 1 and {frames} frames")
+    assert resolution.overlaid(Layer.of("control", {"rotation_deg": 5})).resolve().values["scan_shape"] == shape
+
+
+@pytest.mark.parametrize(
+    ("frames", "given_"),
+    [
+        (None, {"frames_per_trigger": 12}),
+        (84, {"frames_per_trigger": 84}),
+        (84, {"frames_per_trigger": 1}),
+        (84, {"frames_per_trigger": 12, "flyback_frames_per_row": 12}),
+        (1 << 40, {"frames_per_trigger": 2}),
+        (84, {}),
+    ],
+)
+def test_no_scan_shape_where_triggers_do_not_tell(frames: int | None, given_: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"^missing: scan_shape"):
+        triggered(frames, WITHOUT_SHAPE, given_).require()
+
+
+def test_a_given_scan_shape_comes_before_that_of_the_triggers() -> None:
+    parameters = triggered(84, {"frames_per_trigger": 12}, COMPLETE).resolve()
+    assert parameters.values["scan_shape"] == (7, 10)
+    assert parameters.sources["scan_shape"] == "layer 1"
+
+
+def test_the_scan_of_the_settings() -> None:
+    values = {**COMPLETE, "start_offset": -3, "row_starts": "time-gaps"}
+    scan = resolved(values).setup((48, 50), np.dtype("u2"), 1).scan
+    assert (scan.start_offset, scan.rows_by_time) == (-3, True)
+    scan = resolved({**COMPLETE, "row_starts": "index"}).setup((48, 50), np.dtype("u2"), 1).scan
+    assert (scan.start_offset, scan.rows_by_time) == (0, False)
+
+
+def test_toml_round_trip_of_a_triggered_scan(tmp_path: Path) -> None:
+    given_ = {"frames_per_trigger": 12, "start_offset": -2, "orientation": "flip-rows", "channel": "high-low"}
+    parameters = triggered(84, COMPLETE, given_, {"row_starts": "time-gaps"}).resolve()
+    assert round_trip(parameters, tmp_path).values == parameters.values
+
+
 # what is refused
 
 
@@ -248,6 +357,13 @@ def test_a_missing_key_is_named_alone(key: str) -> None:
         {"flyback_frames_per_row": -1},
         {"flyback_frames_per_row": 0.5},
         {"flyback_frames_per_pass": -3},
+        {"start_offset": 0.5},
+        {"start_offset": "late"},
+        {"frames_per_trigger": 0},
+        {"row_starts": "time"},
+        {"orientation": "upside-down"},
+        {"orientation": 3},
+        {"channel": 3},
         {"aberrations": {"C10": math.nan}},
         {"aberrations": {"C10": "x"}},
         {"aberrations": {"C99": 1}},

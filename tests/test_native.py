@@ -163,6 +163,8 @@ def test_what_is_no_message_is_refused(parts: tuple[Any, ...], reason: str) -> N
         ({"frames": -5}, "'frames' must be"),
         ({"frames": 2**60}, "'frames' must be"),
         ({"frames": "many"}, "'frames' must be"),
+        ({"pixel_mask": "/etc/passwd"}, "'pixel_mask' must be"),
+        ({"pixel_mask": b"1"}, "'pixel_mask' must be"),
     ],
 )
 def test_a_start_that_cannot_be_meant_is_refused(keys: dict[str, Any], reason: str) -> None:

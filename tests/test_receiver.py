@@ -16,10 +16,11 @@ from detectors.messages import Encoding, FrameBlock, SeriesStart, Undecodable
 from detectors.protocols.native import DTYPES
 from detectors.protocols.native import Decoder as NativeDecoder
 from detectors.protocols.native import Encoder as NativeEncoder
+from detectors.protocols.registry import protocol_named
 from stream import intake
-from stream import receiver as receiver_module
 from stream.intake import Orphans, Silence, messages
-from stream.receiver import Receiver
+from stream.receiving import common, zmq_receiver
+from stream.receiving.zmq_receiver import ZmqReceiver as Receiver
 from tests.live_helpers import ANY_PORT, PlainSender, batch, patiently
 
 Message = tuple[bytes, ...]
@@ -85,8 +86,8 @@ async def test_parts_lie_on_8_byte_boundaries() -> None:
 
 async def test_a_consumer_that_does_not_take_slows_the_sender_down(monkeypatch: pytest.MonkeyPatch) -> None:
     # 100 MB are to come; slabs of 1 MB and short queues hold only a few of them.
-    monkeypatch.setattr(receiver_module, "_FULL_BYTES", 1 << 20)
-    monkeypatch.setattr(receiver_module, "_HIGH_WATER_MARK", 4)
+    monkeypatch.setattr(common, "FULL_BYTES", 1 << 20)
+    monkeypatch.setattr(zmq_receiver, "_HIGH_WATER_MARK", 4)
     count, sent = 1000, 0
 
     async with PlainSender(sndhwm=4, sndbuf=1 << 16) as sender, Receiver([sender.endpoint]) as receiver:
@@ -209,8 +210,8 @@ async def test_a_silence_is_noticed() -> None:
 
 @pytest.mark.parametrize("parts", [[1001], [1, 1001], [1001, 1, 1], [1000] * 5, [900] * 40])
 async def test_messages_that_are_too_large_are_counted(monkeypatch: pytest.MonkeyPatch, parts: list[int]) -> None:
-    monkeypatch.setattr(receiver_module, "MAX_MESSAGE_BYTES", 1000)
-    monkeypatch.setattr(receiver_module, "_FULL_BYTES", 2000)
+    monkeypatch.setattr(common, "MAX_MESSAGE_BYTES", 1000)
+    monkeypatch.setattr(common, "FULL_BYTES", 2000)
     small = (b"y" * 1000,)
     async with PlainSender() as sender, Receiver([sender.endpoint]) as receiver:
         for message in (small, [b"z" * size for size in parts], small, small):
@@ -224,9 +225,9 @@ async def test_messages_that_are_too_large_are_counted(monkeypatch: pytest.Monke
 
 
 async def test_a_message_that_is_too_large_is_told_to_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver_module, "MAX_MESSAGE_BYTES", 1000)
+    monkeypatch.setattr(common, "MAX_MESSAGE_BYTES", 1000)
     async with PlainSender() as sender, Receiver([sender.endpoint]) as receiver:
-        stream = messages(receiver, NativeDecoder, tick_s=0.05)
+        stream = messages(receiver, protocol_named("native"), tick_s=0.05)
         await sender.raw(b"x" * 2000)
         item = await patiently(anext(stream))
         while isinstance(item, Silence):
@@ -237,7 +238,7 @@ async def test_a_message_that_is_too_large_is_told_to_the_consumer(monkeypatch: 
 
 
 async def test_messages_that_are_all_too_large_are_told_while_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver_module, "MAX_MESSAGE_BYTES", 1000)
+    monkeypatch.setattr(common, "MAX_MESSAGE_BYTES", 1000)
     async with PlainSender() as sender, Receiver([sender.endpoint]) as receiver:
 
         async def send() -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detectors.codec import decode, encode
+from detectors.codec import MERLIN_BITS, decode, encode
 from detectors.errors import DataFileError, ProtocolError
 from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesEnd, SeriesStart
 from detectors.protocols.native import Decoder as NativeDecoder
@@ -30,6 +31,7 @@ from stream.recording.payload_check import whole_frames
 
 SHAPE = (12, 10)
 DTYPES = ("<u1", "<u2", "<u4", "<f4")
+ANY_PIXELS = [Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4, Encoding.LZ4_BLOCKS, Encoding.RAW_BIG_ENDIAN]
 Item = tuple[Encoding, int, bytes, int]  # encoding, frame index, payload, arrival time
 
 
@@ -100,7 +102,7 @@ def child() -> Iterator[Callable[..., int]]:
 # what comes back
 
 
-@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4])
+@pytest.mark.parametrize("encoding", ANY_PIXELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_frames_come_back_as_they_came(path: Path, dtype: str, encoding: Encoding) -> None:
     frames = frames_of(dtype, 20) // 3  # few counts, so that LZ4 finds something to pack
@@ -120,7 +122,7 @@ def test_frames_come_back_as_they_came(path: Path, dtype: str, encoding: Encodin
         assert file["arrival_time_ns"][...].tolist() == [1000] * 7 + [1007] * 7 + [1014] * 6
 
 
-@pytest.mark.parametrize("encoding", [Encoding.LZ4, Encoding.BSLZ4])
+@pytest.mark.parametrize("encoding", [Encoding.LZ4, Encoding.BSLZ4, Encoding.LZ4_BLOCKS])
 def test_incompressible_and_constant_frames(path: Path, encoding: Encoding) -> None:
     noise = np.random.default_rng(0).integers(0, 65536, (100, 91)).astype("<u2")
     frames = np.stack([noise, np.zeros_like(noise), noise // 256, np.full_like(noise, 65535)])
@@ -154,14 +156,140 @@ def test_a_packed_lz4_block_as_large_as_the_frame_is_not_taken_for_pixels(path: 
 def test_mixed_encodings_keep_theirs(path: Path) -> None:
     frames = frames_of("<u2", 30)
     blocks = [
-        block_of([encode(frame, Encoding(i % 3)) for frame in frames[i * 5 : i * 5 + 5]], Encoding(i % 3), first=i * 5)
-        for i in range(6)
+        block_of([encode(frame, encoding) for frame in frames[i * 5 : i * 5 + 5]], encoding, first=i * 5)
+        for i, encoding in enumerate([*ANY_PIXELS, Encoding.RAW])
     ]
     record(path, start_of(), blocks)
     with h5py.File(path) as file:
         np.testing.assert_array_equal(file["frames"][...], frames)
     with open_recording(path) as recording:
         assert items_of(recording.blocks(keep_batches=False)) == items_of(blocks)
+
+
+@pytest.mark.parametrize("encoding", MERLIN_BITS)
+def test_merlins_raw_frames_are_readable_and_come_back(path: Path, encoding: Encoding) -> None:
+    """HDF5 does not know their order of pixels; payloads come back whatever their bits."""
+    dtype, shape = np.dtype("<u2" if MERLIN_BITS[encoding] == 12 else "<u1"), (4, 256)
+    size = 128 if MERLIN_BITS[encoding] == 1 else 1024 * dtype.itemsize
+    payloads = [np.random.default_rng(i).bytes(size) for i in range(5)]
+    blocks = [block_of([*payloads, payloads[0][:-8]], encoding)]
+    record(path, start_of(dtype.str, detector_shape=shape), blocks)
+    with h5py.File(path) as file:
+        stored = file["frames"][...]
+        assert file["encoding"][...].tolist() == [encoding] * 6
+        assert file["damaged/at"][...].tolist() == [5]
+    np.testing.assert_array_equal(stored[:5], [decode(payload, encoding, shape, dtype) for payload in payloads])
+    assert not stored[5].any()
+    with open_recording(path) as recording:
+        assert items_of(recording.blocks()) == items_of(blocks)
+
+
+@pytest.mark.parametrize("block_bytes", [0, 1 << 31])
+def test_chunks_with_strange_block_sizes(path: Path, block_bytes: int) -> None:
+    """What is taken must be readable with h5py, too."""
+    frame = frames_of("<u2", 1)[0]
+    payload = encode(frame, Encoding.BSLZ4)
+    payload = payload[:8] + struct.pack(">I", block_bytes) + payload[12:]
+    record(path, start_of(), [block_of([payload], Encoding.BSLZ4)])
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["frames"][0], frame)
+
+
+# several channels, and when frames were exposed
+
+
+def channels_of(first: int, count: int, *, exposed: bool = True) -> FrameBlock:
+    """Three channels, each packed in its own way; the second one's first payload is damaged."""
+    blocks = []
+    for number, encoding in enumerate((Encoding.BSLZ4, Encoding.LZ4_BLOCKS, Encoding.RAW)):
+        payloads = [encode(frame + 100 * number, encoding) for frame in frames_of("<u2", count)]
+        if number == 1:
+            payloads[0] = payloads[0][:-1]
+        block = block_of(payloads, encoding, first=first, time_ns=first)
+        blocks.append(replace(block, exposed_ns=10**18 + 1000 * block.indices if exposed else None))
+    return replace(blocks[0], others=tuple(blocks[1:]))
+
+
+CHANNELS = ("threshold_1", "größer", "difference")
+
+
+def test_every_channel_is_kept(path: Path) -> None:
+    blocks = [channels_of(0, 4), channels_of(4, 3)]
+    start = start_of(channels=CHANNELS, header=(b"start",))
+    with Recorder(path, start, "native", "1") as recorder:
+        for block in blocks:
+            recorder.write(block)
+        assert (recorder.frames, recorder.damaged) == (7, 2)
+        assert recorder.bytes == sum(block.payload_bytes for block in blocks)
+    expected = np.concatenate([frames_of("<u2", 4), frames_of("<u2", 3)])
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["frames"][...], expected)
+        np.testing.assert_array_equal(file["channels/2/frames"][...], expected + 200)
+        np.testing.assert_array_equal(file["channels/1/frames"][...][[1, 2, 3, 5, 6]], expected[[1, 2, 3, 5, 6]] + 100)
+        assert not file["channels/1/frames"][...][[0, 4]].any()
+    with open_recording(path) as recording:
+        assert recording.start == start
+        assert recording.damaged_frames == 2
+        assert ("channels", "threshold_1, größer, difference") in recording.describe()
+        for keep, count in ((True, 2), (False, 1)):
+            again = list(recording.blocks(keep_batches=keep))
+            assert len(again) == count
+            for number in range(3):
+                items = [(*item[:3], 0) for item in items_of([block.channel(number) for block in again])]
+                assert items == [(*item[:3], 0) for item in items_of([block.channel(number) for block in blocks])]
+        few = list(recording.blocks(max_bytes=blocks[0].payload_bytes // 4))
+        assert len(few) == 7  # the bytes of all channels count
+
+
+def test_channels_that_were_not_announced(path: Path) -> None:
+    with Recorder(path, start_of(channels=CHANNELS[:2]), "native", "1") as recorder:
+        block = channels_of(0, 4)
+        with pytest.raises(ValueError, match="frames of 3 channels in a recording of 2"):
+            recorder.write(block)
+        with pytest.raises(ValueError, match="frames of 1 channels in a recording of 2"):
+            recorder.write(block.channel(0))
+        recorder.write(replace(block, others=block.others[:1]))
+    with open_recording(path) as recording:
+        assert recording.frames == 4
+
+
+def test_times_of_exposure_where_the_stream_says(path: Path) -> None:
+    payload = bytes(240)
+    told = [None, None, 5, 6, None, 0, -7, None]
+    blocks = []
+    for i, time in enumerate(told):
+        block = block_of([payload] * 2, Encoding.RAW, first=2 * i)
+        blocks.append(block if time is None else replace(block, exposed_ns=np.array([time, time + 1])))
+    with Recorder(path, start_of(), "native", "1") as recorder:
+        for i, block in enumerate(blocks):
+            recorder.write(block)
+            if i in (0, 3):
+                recorder.flush()
+    with open_recording(path) as recording:
+        again = list(recording.blocks())
+    times = [None if block.exposed_ns is None else block.exposed_ns.tolist() for block in again]
+    assert times == [None, [5, 6, 6, 7], None, [0, 1, -7, -6], None]
+    assert [len(block) for block in again] == [4, 4, 2, 4, 2]
+    assert items_of(again) == items_of(blocks)
+    with h5py.File(path) as file:
+        assert len(file["exposed_ns"]) == 14
+
+
+def test_what_the_stream_says_of_its_pixels(path: Path) -> None:
+    mask, flatfield = np.random.default_rng(0).random(SHAPE) > 0.1, np.linspace(0, 2, 120, dtype="f4").reshape(SHAPE)
+    start = start_of(pixel_mask=mask, flatfield=flatfield, maximum_is_masked=True, header=())
+    record(path, start, [])
+    with open_recording(path) as recording:
+        assert recording.start == start
+        for got, sent in ((recording.start.pixel_mask, mask), (recording.start.flatfield, flatfield)):
+            assert got is not None
+            np.testing.assert_array_equal(got, sent)
+            assert got.dtype == sent.dtype
+    record(path.with_name("without.h5"), start_of(), [])
+    with open_recording(path.with_name("without.h5")) as recording:
+        assert recording.start.pixel_mask is recording.start.flatfield is None
+        assert not recording.start.maximum_is_masked
+        assert recording.start.channels == ()
 
 
 def test_duplicates_and_disorder_are_recorded(path: Path) -> None:
@@ -380,13 +508,18 @@ def test_a_disk_that_is_full_at_the_end_is_said_too(path: Path, child: Callable[
 
 def _die_while_recording(path: Path, encoding: Encoding) -> None:
     payloads = [encode(frame, encoding) for frame in frames_of("<u2", 10)]
-    recorder = Recorder(path, start_of(), "native", "1")
+    recorder = Recorder(path, start_of(channels=CHANNELS[:2]), "native", "1")
+
+    def write(payloads: Sequence[bytes], **options: Any) -> None:
+        block = block_of(payloads, encoding, **options)
+        recorder.write(replace(block, others=(block,), exposed_ns=block.indices))
+
     for i in range(20):
-        recorder.write(block_of(payloads, encoding, first=i * 10, time_ns=i))
+        write(payloads, first=i * 10, time_ns=i)
     recorder.undecodable(2)
-    recorder.write(block_of([b"damaged"], encoding, first=200, time_ns=20))
+    write([b"damaged"], first=200, time_ns=20)
     recorder.flush()
-    recorder.write(block_of(payloads, encoding, first=201, time_ns=21))  # not flushed: these may be lost
+    write(payloads, first=201, time_ns=21)  # not flushed: these may be lost
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -399,8 +532,10 @@ def test_a_killed_recorder_leaves_a_readable_file(path: Path, child: Callable[..
         assert 201 <= recording.frames <= 211
         assert not recording.complete
         assert (recording.undecodable_messages, recording.damaged_frames) == (2, 1)
-        assert recording.messages_start == start_of().header
-        items = items_of(recording.blocks())
+        blocks = list(recording.blocks())
+        items = items_of(blocks)
+    assert items_of([block.channel(1) for block in blocks]) == items
+    assert all(np.array_equal(block.exposed_ns, block.indices) for block in blocks)  # type: ignore[arg-type]
     for i, (got, index, payload, time_ns) in enumerate(items[:200]):
         assert (got, index, time_ns) == (encoding, i, i // 10)
         assert decode(payload, got, SHAPE, np.dtype("<u2")).tobytes() == frames[i % 10].tobytes()
@@ -484,11 +619,15 @@ def test_recordings_of_the_future_and_changed_ones(path: Path) -> None:
         del file["frames"]
         file.create_dataset("frames", data=frames, compression="gzip", chunks=(1, *SHAPE))
 
-    assert "version 2" in changed(lambda file: file.attrs.update({"version": 2}))
+    assert "version 3" in changed(lambda file: file.attrs.update({"version": 3}))
     assert "another program has changed it" in changed(repack)
     assert "failed" in changed(lambda file: file.pop("frame_index"))
     assert "failed" in changed(lambda file: file.attrs.update({"settings": "{"}))
     assert "different lengths" in changed(lambda file: file["arrival_time_ns"].resize(2, axis=0))
+    assert "different lengths" in changed(lambda file: file["encoding"].resize(2, axis=0))
+    assert "failed" in changed(lambda file: file["encoding"].write_direct(np.uint8([2, 99, 2])))
+    assert "repacked" in changed(lambda file: file["encoding"].write_direct(np.uint8([2, 1, 2])))
+    assert "failed" in changed(lambda file: file.attrs.update({"channels": '["a", "b"]'}))
     assert "frame 1 of 3 cannot be read" in changed(_without_a_chunk)
 
 
@@ -505,12 +644,18 @@ def _without_a_chunk(file: Any) -> None:
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_the_check_accepts_what_the_libraries_unpack(data: st.DataObject) -> None:
-    dtype = np.dtype(data.draw(st.sampled_from(DTYPES)))
-    shape = (data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70)))
     encoding = data.draw(st.sampled_from(Encoding))
+    bits = MERLIN_BITS.get(encoding)
+    # Merlin's words want columns, its four chips rows of their own.
+    unit = 1 if bits is None else data.draw(st.sampled_from([1, 64, 128]))
+    dtype = np.dtype(data.draw(st.sampled_from(DTYPES if bits is None else ("<u1", "<u2"))))
+    shape = (data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70 if bits is None else 4)) * unit)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     frame = rng.poisson(data.draw(st.sampled_from([0.02, 0.5, 300])), shape).astype(dtype)
-    payload = bytearray(encode(frame, encoding))
+    if bits is None:
+        payload = bytearray(encode(frame, encoding))
+    else:
+        payload = bytearray(rng.bytes(frame.nbytes // (8 if bits == 1 else 1) or 1))
     damage = data.draw(st.sampled_from(["none", "cut", "changed", "longer"]))
     if damage == "cut":
         del payload[rng.integers(0, len(payload)) :]
@@ -523,15 +668,15 @@ def test_the_check_accepts_what_the_libraries_unpack(data: st.DataObject) -> Non
         expected = True
     except ProtocolError:
         expected = False
-    assert whole_frames(block_of([bytes(payload)], encoding), frame.nbytes, dtype.itemsize).tolist() == [expected]
+    assert whole_frames(block_of([bytes(payload)], encoding), shape, dtype).tolist() == [expected]
 
 
 def test_the_check_never_looks_beyond_the_slab() -> None:
     slab = np.frombuffer(struct.pack(">QII", 240, 8192, 4), np.uint8)
-    for encoding in (Encoding.RAW, Encoding.LZ4, Encoding.BSLZ4):
+    for encoding in Encoding:
         offsets, sizes = np.array([-1, 0, 8, 0, 99]), np.array([16, 17, 240, -1, 0])
         block = FrameBlock(7, encoding, np.arange(5), offsets, sizes, slab)
-        assert not whole_frames(block, 240, 2).any()
+        assert not whole_frames(block, SHAPE, np.dtype("<u2")).any()
 
 
 def test_types_are_what_they_say(path: Path) -> None:

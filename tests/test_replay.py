@@ -8,16 +8,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from detectors.codec import encode
 from detectors.errors import ConfigurationError, ConnectionFailed, DataFileError
-from detectors.messages import Encoding, FrameBlock, SeriesEnd, SeriesStart
+from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesEnd, SeriesStart
 from detectors.misbehaviour import Misbehaviour
-from detectors.protocols.native import Decoder as NativeDecoder
+from detectors.protocols.registry import protocol_named
 from stream.intake import Silence, messages
-from stream.receiver import Receiver
+from stream.receiving import open_receiver
 from stream.record import Recorded, record_stream
-from stream.recording import open_recording
+from stream.recording import Recorder, open_recording
 from stream.replay import replay_recording
 from tests.live_helpers import (
     ANY_PORT,
@@ -56,11 +58,11 @@ async def recorded(path: Path, **options: Any) -> Recorded:
     return done
 
 
-async def heard(endpoint: str) -> list[Any]:
+async def heard(endpoint: str, protocol: str = "native") -> list[Any]:
     """Every message until the end; blocks with payloads of their own."""
     out: list[Any] = []
-    async with Receiver([endpoint]) as receiver:
-        stream = messages(receiver, NativeDecoder)
+    async with open_receiver(protocol_named(protocol), [endpoint]) as receiver:
+        stream = messages(receiver, protocol_named(protocol))
         async with contextlib.aclosing(stream):
             async for item in stream:
                 if not isinstance(item, Silence):
@@ -113,6 +115,89 @@ async def test_a_replay_is_what_was_sent(tmp_path: Path) -> None:
     assert again[0].header == sent[0].header
     assert isinstance(again[-1], SeriesEnd)
     assert again[-1].header == sent[-1].header
+
+
+def spoken(
+    protocol: str, encoding: Encoding, dtype: str, shape: tuple[int, int], channels: tuple[str, ...] = ()
+) -> list[Any]:
+    """What a detector of this protocol sends, as messages: 12 frames in disorder, two of them damaged."""
+    pixels = np.random.default_rng(1).integers(0, 2, (12, max(1, len(channels)), *shape), dtype)
+    mask = np.ones(shape, bool)
+    mask[3, 4] = False
+    start = SeriesStart(
+        1, shape, np.dtype(dtype), frames=12, channels=channels, pixel_mask=mask, maximum_is_masked=True
+    )
+    encoder = protocol_named(protocol).encoder()
+    wire = encoder.start(start)
+    for i in (0, 1, 2, 5, 4, 3, 3, *range(6, 12)):
+        first, *others = ([encode(frame, encoding)] for frame in pixels[i])
+        if i == 7 and protocol_named(protocol).framing is None:  # a Merlin's frame is as long as its header says
+            first[0] = first[0][:-2]
+        if i == 8 and protocol_named(protocol).framing is None:
+            first[0] = b""
+        options = {"others": [(encoding, other) for other in others], "exposed_ns": [10**18 + 1000 * i]}
+        wire += encoder.frames(1, i, first, encoding, **options)
+    wire += encoder.end(1)
+    whole = wire if protocol_named(protocol).framing is None else [[b"".join(parts)] for parts in wire]
+    return protocol_named(protocol).decoder().feed(ReceivedBatch.from_messages(whole, time_ns=5))
+
+
+def frames_heard(items: list[Any]) -> list[Any]:
+    """Every frame with its channels, and the time since the first one's exposure."""
+    blocks = [item for item in items if isinstance(item, FrameBlock)]
+    began = None if blocks[0].exposed_ns is None else int(blocks[0].exposed_ns[0])
+    return [
+        (
+            int(block.indices[i]),
+            None if block.exposed_ns is None or began is None else int(block.exposed_ns[i]) - began,
+            [
+                (each.encoding, each.slab[each.offsets[i] :][: each.sizes[i]].tobytes())
+                for each in (block, *block.others)
+            ],
+        )
+        for block in blocks
+        for i in range(len(block))
+    ]
+
+
+@pytest.mark.parametrize(("protocol", "encoding", "dtype", "shape", "channels"), [
+    ("native", Encoding.LZ4, "<u2", (12, 10), ()),
+    ("dectris-v1", Encoding.LZ4, "<u2", (12, 10), ()),
+    ("dectris-v1", Encoding.BSLZ4, "<u4", (12, 10), ()),
+    ("dectris-v2", Encoding.LZ4_BLOCKS, "<u1", (12, 10), ()),
+    ("dectris-v2", Encoding.BSLZ4, "<u2", (12, 10), ("threshold_1", "threshold_2")),
+    ("dectris-v2", Encoding.RAW, "<u4", (12, 10), ("threshold_1", "threshold_2", "difference")),
+    ("merlin", Encoding.RAW_BIG_ENDIAN, "<u2", (256, 256), ()),
+    ("merlin", Encoding.MERLIN_12BIT, "<u2", (256, 256), ()),
+    ("merlin", Encoding.MERLIN_QUAD_1BIT, "<u1", (512, 512), ()),
+])  # fmt: skip
+async def test_every_protocol_is_replayed_as_it_came(
+    protocol: str,
+    encoding: Encoding,
+    dtype: str,
+    shape: tuple[int, int],
+    channels: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    sent = spoken(protocol, encoding, dtype, shape, channels)
+    start, blocks = sent[0], [item for item in sent if isinstance(item, FrameBlock)]
+    assert isinstance(start, SeriesStart)
+    assert sum(map(len, blocks)) == 13
+    assert blocks[0].exposed_ns is not None or protocol == "native"
+    path = tmp_path / "recording.h5"
+    with Recorder(path, start, protocol, "1") as recorder:
+        for block in blocks:
+            recorder.write(block)
+        assert recorder.damaged == (0 if protocol == "merlin" else 2)
+        recorder.end(sent[-1] if isinstance(sent[-1], SeriesEnd) else None)
+    async with replaying(path) as (endpoint, task):
+        again = await patiently(heard(endpoint, protocol))
+        assert await patiently(task) == 13
+    assert isinstance(again[-1], SeriesEnd)
+    assert (again[0], again[-1]) == (start, sent[-1])
+    assert frames_heard(again) == frames_heard(sent)
+    if start.pixel_mask is not None:
+        np.testing.assert_array_equal(again[0].pixel_mask, start.pixel_mask)
 
 
 async def test_misbehaviour_comes_again_with_a_replay(tmp_path: Path) -> None:
@@ -241,5 +326,5 @@ async def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
 async def test_a_port_in_use(tmp_path: Path) -> None:
     await recorded(tmp_path / "r.h5")
     async with PlainSender() as sender:
-        with pytest.raises(ConnectionFailed, match="another program uses this port"):
+        with pytest.raises(ConnectionFailed, match="port is in use by another program"):
             await replay_recording(tmp_path / "r.h5", sender.endpoint)

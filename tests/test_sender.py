@@ -284,7 +284,7 @@ async def test_cancelling_ends_the_wait_for_delivery() -> None:
 
 async def test_a_port_in_use_is_one_clear_sentence() -> None:
     sending, endpoint = await started(NumberedFrames())
-    with pytest.raises(ConnectionFailed, match="another program uses this port"):
+    with pytest.raises(ConnectionFailed, match="port is in use by another program"):
         await serve(NumberedFrames(), endpoint)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):

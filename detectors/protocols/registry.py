@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from detectors.errors import ConfigurationError
 from detectors.messages import Encoding, Framing, StreamDecoder, StreamEncoder
-from detectors.protocols import native
+from detectors.protocols import dectris_v1, dectris_v2, merlin, native
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,46 @@ class StreamProtocol:
     framing: Framing | None = None
 
 
+class ProtocolModule(Protocol):
+    """The names that each module in this folder has: see ``StreamProtocol``."""
+
+    NAME: str
+    SUMMARY: str
+    PORT: int
+
+    @property
+    def ENCODINGS(self) -> Mapping[str, Encoding]: ...  # noqa: N802
+
+    @property
+    def Decoder(self) -> Callable[[], StreamDecoder]: ...  # noqa: N802
+
+    @property
+    def Encoder(self) -> Callable[[], StreamEncoder]: ...  # noqa: N802
+
+    @property
+    def looks_like(self) -> Callable[[bytes], bool]: ...
+
+
+def _entry(module: ProtocolModule, framing: Framing | None = None) -> StreamProtocol:
+    return StreamProtocol(
+        module.NAME,
+        module.SUMMARY,
+        module.PORT,
+        module.ENCODINGS,
+        module.Decoder,
+        module.Encoder,
+        module.looks_like,
+        framing,
+    )
+
+
 PROTOCOLS: Mapping[str, StreamProtocol] = {
     protocol.name: protocol
     for protocol in (
-        StreamProtocol(
-            native.NAME,
-            native.SUMMARY,
-            native.PORT,
-            native.ENCODINGS,
-            native.Decoder,
-            native.Encoder,
-            native.looks_like,
-        ),
+        _entry(native),
+        _entry(dectris_v2),
+        _entry(dectris_v1),
+        _entry(merlin, merlin.framing),
     )
 }
 

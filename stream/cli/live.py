@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.live import Live
@@ -18,25 +20,40 @@ from rich.table import Table
 from rich.text import Text
 
 from detectors.errors import ConfigurationError
+from detectors.protocols.registry import protocol_named
 from stream.check import check_address
 from stream.cli.files import report_result
 from stream.cli.options import Device, Protocol, Threads, parse_passes, with_settings
 from stream.cli.progress import console, progress_bar
 from stream.config import Layer
+from stream.control import DetectorControl
+from stream.merlin_control import MerlinControl
 from stream.record import record_stream
 from stream.session import Session
 from stream.session_options import SessionOptions
+from stream.simplon_control import SimplonControl
 from stream.snapshot import Snapshot
 
 DEFAULT_PUBLISH = "tcp://127.0.0.1:31010"
 
-Addresses = Annotated[
-    str,
-    typer.Argument(
-        metavar="ADDRESS",
-        help="ZeroMQ address, for example tcp://192.168.0.5:31000; several, separated by commas, share one stream.",
-    ),
-]
+_ADDRESS = typer.Argument(
+    metavar="ADDRESS",
+    help="The detector's stream, for example tcp://192.168.0.5:31001; several, separated by commas, share one.",
+    show_default=False,
+)
+Addresses = Annotated[str, _ADDRESS]
+_CONTROL = "Beside the stream: the detector's control interface"
+
+
+class Triggers(StrEnum):
+    """What begins an exposure, or a row of them."""
+
+    software = "software"
+    pixel = "pixel"
+    line = "line"
+    gate = "gate"
+
+
 Bind = Annotated[bool, typer.Option("--bind", help="Bind ADDRESS and let the detector connect.")]
 Sub = Annotated[bool, typer.Option("--sub", help="The detector publishes (PUB); default is PUSH.")]
 Timeout = Annotated[
@@ -53,10 +70,37 @@ Timeout = Annotated[
 @with_settings
 def live(
     layers: list[Layer],
-    address: Addresses,
+    address: Annotated[str | None, _ADDRESS] = None,
     protocol: Protocol = "native",
     bind: Bind = False,
     sub: Sub = False,
+    simplon: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The REST interface of a DECTRIS detector, http://HOST:PORT: energy, thresholds and pixel mask are "
+            "asked there; ADDRESS may be left out. Without --trigger nothing is changed.",
+            rich_help_panel=_CONTROL,
+        ),
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(help="Control port of a Merlin detector, for example tcp://HOST:6341.", rich_help_panel=_CONTROL),
+    ] = None,
+    trigger: Annotated[
+        Triggers | None,
+        typer.Option(
+            help="Arm the detector for one scan. software: begin at once. pixel, line: wait for the scan generator's "
+            "pulse for each position or row. gate: expose while its pulse is high.",
+            rich_help_panel=_CONTROL,
+        ),
+    ] = None,
+    frame_time_us: Annotated[
+        float | None, typer.Option(help="With --trigger: time from frame to frame [µs].", rich_help_panel=_CONTROL)
+    ] = None,
+    count_time_us: Annotated[
+        float | None, typer.Option(help="With --trigger: exposure of a frame [µs].", rich_help_panel=_CONTROL)
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="Record the stream into this file at the same time.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the result of the series there (HDF5, NeXus).")
@@ -88,6 +132,10 @@ def live(
     """Reconstruct a stream while it is being scanned, and show the phase image refining."""
     if not no_viewer and publish is None:
         publish = DEFAULT_PUBLISH
+    if address is None:
+        if simplon is None:
+            raise ConfigurationError("ADDRESS is missing: where the detector's stream is, for example tcp://HOST:31001")
+        address = stream_address(simplon, protocol)
     options = SessionOptions(
         address.split(","),
         protocol,
@@ -104,10 +152,35 @@ def live(
         timeout_s=300.0 if timeout is None and no_viewer and not follow else timeout,
         series_timeout_s=30.0 if timeout is None and no_viewer else timeout,
         threads=threads,
+        control=detector_control(protocol, simplon, control),
+        trigger=None if trigger is None else trigger.value,
+        frame_time_s=None if frame_time_us is None else frame_time_us * 1e-6,
+        count_time_s=None if count_time_us is None else count_time_us * 1e-6,
     )
     incomplete = asyncio.run(run_session(options, viewer=not no_viewer))
     if incomplete:
         raise ConfigurationError(f"the series is not complete: {incomplete}")
+
+
+def detector_control(protocol: str, simplon: str | None, control: str | None) -> DetectorControl | None:
+    """The control interface that the flags name, if any. Raises ``ConfigurationError`` for one that does not fit."""
+    if simplon is not None and control is not None:
+        raise ConfigurationError("--simplon is for DECTRIS detectors, --control for Merlin: give one of them")
+    if simplon is not None:
+        return SimplonControl(simplon, protocol)
+    if control is not None:
+        if protocol != "merlin":
+            raise ConfigurationError(f"--control is Merlin's control port; {protocol} has none (--simplon for DECTRIS)")
+        return MerlinControl(control)
+    return None
+
+
+def stream_address(simplon: str, protocol: str) -> str:
+    """Where the stream of a DECTRIS detector is, when only its REST interface is named."""
+    host = urlsplit(simplon if "//" in simplon else f"//{simplon}").hostname
+    if not host:
+        raise ConfigurationError(f"{simplon!r} is not the address of a REST interface; write http://HOST")
+    return f"tcp://{f'[{host}]' if ':' in host else host}:{protocol_named(protocol).default_port}"
 
 
 async def run_session(

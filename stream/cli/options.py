@@ -12,7 +12,9 @@ import typer
 from rich.markup import escape
 
 from detectors.errors import ConfigurationError
+from detectors.protocols.registry import PROTOCOLS
 from stream.config import Layer
+from stream.optics import ORIENTATIONS
 
 _PANEL = "Optics and calibration (flags win over --config, that wins over the stream or file)"
 
@@ -42,6 +44,15 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "flyback_frames_per_pass": (int, "Frames after each pass that belong to no position."),
     "serpentine": (bool, "Every second scan row runs backwards."),
     "positions": (str, "File (.npy or text) with the row and column of each frame, negative for none."),
+    "start_offset": (
+        int,
+        "Frames before the first position (prescan rows, a trigger too many), once a series. Below 0: so many "
+        "positions come before the first frame.",
+    ),
+    "frames_per_trigger": (int, "Frames that the detector takes for each trigger of a line trigger, flyback included."),
+    "row_starts": (str, "index: rows are counted from frame numbers (default). time-gaps: a pause in the exposures."),
+    "orientation": (str, f"How the detector's frames lie: {', '.join(ORIENTATIONS)}."),
+    "channel": (str, "The threshold to reconstruct, by its name in the stream, or A-B for a difference of two."),
     "averaging": (bool, "Average the passes instead of letting the newest replace the others."),
 }
 
@@ -110,7 +121,7 @@ def parse_positive(text: str, what: str) -> float | None:
 
 
 Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu or gpu.")]
-Protocol = Annotated[str, typer.Option(help="What the detector speaks: native (docs/protocol.md).")]
+Protocol = Annotated[str, typer.Option(help=f"What the detector speaks: {', '.join(PROTOCOLS)} (docs/detectors.md).")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads for decoding and for computing, each. (default: all cores)")
 ]

@@ -17,18 +17,20 @@ import typer
 from rich.markup import escape
 
 from detectors.errors import ConfigurationError
+from detectors.merlin_device import SimulatedMerlin
 from detectors.messages import Encoding
 from detectors.misbehaviour import Misbehaviour
-from detectors.protocols.native import ENCODINGS
+from detectors.protocols.registry import PROTOCOLS, protocol_named
 from detectors.sender import SendReport, serve
+from detectors.simulated_dcu import SimulatedDCU
 from detectors.simulation import SimulatedScan
-from detectors.source import EncodedSource, FrameMaker
+from detectors.source import EncodedSource, FrameSource
 from stream.cli.live import run_session
 from stream.cli.options import parse_aberrations, parse_passes, parse_positive
 from stream.cli.progress import console, progress_bar
 from stream.config import parse_shape
 from stream.files import open_dataset
-from stream.offline import FileFrames
+from stream.offline import encoding_named, file_source
 from stream.session import Session
 from stream.session_options import SessionOptions, check_files
 
@@ -41,21 +43,44 @@ def _option(text: str, panel: str | None = None) -> Any:
 
 
 def simulate(
-    bind: Annotated[str, _option("ZeroMQ address to send from, for example tcp://127.0.0.1:31000.")],
+    bind: Annotated[str, _option("Address to send from, for example tcp://127.0.0.1:31000.")],
     file: Annotated[
         Path | None, typer.Argument(help="A 4D-STEM file to send; without it, a specimen is simulated.")
     ] = None,
-    protocol: Annotated[str, _option("Stream protocol: native.")] = "native",
+    dataset: Annotated[str | None, _option("Path of the 4-D dataset inside FILE, or a DECTRIS channel.")] = None,
+    protocol: Annotated[str, _option(f"Stream protocol: {', '.join(PROTOCOLS)}.")] = "native",
     rate: Annotated[str, _option("Frames per second, or max: as fast as the receiver accepts.")] = "max",
     passes: Annotated[int, _option("Passes to send; 0 for ever.")] = 1,
     frames_per_message: Annotated[int, typer.Option(min=1, max=65536, help="Frames in a message.")] = 64,
-    encoding: Annotated[str, _option("raw, lz4 or bslz4.")] = "bslz4",
+    encoding: Annotated[
+        str | None,
+        _option(
+            "Of the protocol, for example raw, lz4 or bslz4; as-stored: FILE's own bytes, never unpacked. (default: "
+            "as-stored where FILE and protocol allow, else the protocol's usual one)"
+        ),
+    ] = None,
     pub: Annotated[
         bool, typer.Option("--pub", help="PUB instead of PUSH: several receivers, each gets everything.")
     ] = False,
     series: Annotated[
         int | None,
         typer.Option(min=-(2**63), max=2**63 - 1, help="Series id. (default: seconds since 1970)", show_default=False),
+    ] = None,
+    simplon: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Serve a DECTRIS detector's REST interface there (http://127.0.0.1:8080): frames go out when "
+            "it is armed and triggered, series after series.",
+            show_default=False,
+        ),
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve Merlin's control port there, for example tcp://127.0.0.1:6341: frames go out when it is told.",
+            show_default=False,
+        ),
     ] = None,
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Make every frame before sending the first, to keep a high rate.")
@@ -82,13 +107,12 @@ def simulate(
     ] = None,
 ) -> None:
     """A simulated detector: sends a simulated scan, or a file, as a detector would. Ends when all is delivered."""
-    if encoding not in ENCODINGS:
-        raise ConfigurationError(f"unknown encoding {encoding!r}; known are {', '.join(ENCODINGS)}")
+    spoken = protocol_named(protocol)
     misbehaviour = Misbehaviour(drop, duplicate, reorder, corrupt, stop_after, seed)
     with ExitStack() as stack:
-        maker: FrameMaker
+        source: FrameSource
         if file is not None:
-            maker = FileFrames(stack.enter_context(open_dataset(file)))
+            source = file_source(stack.enter_context(open_dataset(file, dataset)), spoken, encoding)
         else:
             maker = SimulatedScan(
                 scan_shape=parse_shape(scan),
@@ -105,22 +129,27 @@ def simulate(
                 specimen=specimen,
                 seed=seed,
             )
-        source = EncodedSource(maker, ENCODINGS[encoding])
-        if prepare:
+            source = EncodedSource(maker, encoding_named(spoken, encoding))
+        if prepare and isinstance(source, EncodedSource):
             with progress_bar("making frames") as advance:
-                source.prepare(lambda made: advance(made, maker.frames_per_pass))
-        wanted = parse_passes(passes, 1)
-        total = None if wanted is None else wanted * maker.frames_per_pass
+                source.prepare(lambda made: advance(made, source.frames_per_pass))
+        per_second = parse_positive(rate, "--rate is a positive number of frames per second")
+        device = _controlled(spoken.name, source, simplon, control, per_second)
+        wanted = parse_passes(passes, 1) if device is None else None
+        total = None if wanted is None else wanted * source.frames_per_pass
         with progress_bar("sending") as advance:
             report = asyncio.run(
-                serve(
-                    source,
+                _serve(
+                    device,
+                    simplon or control or "",
+                    source if device is None else device.source,
                     bind,
                     protocol=protocol,
                     pattern="pub" if pub else "push",
                     series=int(time.time()) if series is None else series,
                     passes=wanted,
-                    rate=parse_positive(rate, "--rate is a positive number of frames per second"),
+                    rate=per_second,
+                    trigger=device,
                     frames_per_message=frames_per_message,
                     misbehaviour=misbehaviour if misbehaviour != Misbehaviour(seed=seed) else None,
                     ready=lambda endpoint: console.print(
@@ -130,6 +159,31 @@ def simulate(
                 )
             )
     console.print(_summary(report), highlight=False)
+
+
+def _controlled(
+    protocol: str, source: FrameSource, simplon: str | None, control: str | None, rate: float | None
+) -> SimulatedDCU | SimulatedMerlin | None:
+    """The detector's control side, where one is to be simulated. Raises ``ConfigurationError``."""
+    if simplon is not None and control is not None:
+        raise ConfigurationError("--simplon is for DECTRIS detectors, --control for Merlin: give one of them")
+    if simplon is not None:
+        return SimulatedDCU(source, protocol, frame_time_s=1e-3 if rate is None else 1 / rate)
+    if control is not None:
+        if protocol != "merlin":
+            raise ConfigurationError(f"--control is Merlin's control port: it needs --protocol merlin, not {protocol}")
+        return SimulatedMerlin(source)
+    return None
+
+
+async def _serve(
+    device: SimulatedDCU | SimulatedMerlin | None, control_address: str, source: FrameSource, bind: str, **options: Any
+) -> SendReport:
+    if device is None:
+        return await serve(source, bind, **options)
+    async with device.serving(control_address):
+        console.print(f"controlled at {control_address}", highlight=False)
+        return await serve(source, bind, **options)
 
 
 def _summary(report: SendReport) -> str:

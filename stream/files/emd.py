@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +29,9 @@ import h5py
 import numpy as np
 
 from stream.files.hdf5 import number, pair
-from stream.optics import electron_wavelength
+from stream.files.units import ANGLES, LENGTHS, UNCALIBRATED, decoded, detector_pixel, spelled
 
 _BUNDLES = ("metadatabundle", "_metadata", "metadata")
-
-#: Lengths in Å and detector units in mrad or 1/Å, spelled without brackets, spaces and underscores.
-_LENGTHS = {"A": 1.0, "Å": 1.0, "angstrom": 1.0, "angstroms": 1.0, "nm": 10.0, "pm": 0.01, "um": 1e4, "m": 1e10}
-_ANGLES = {
-    "mrad": ("mrad", 1.0),
-    "rad": ("mrad", 1e3),
-    "A^-1": ("1/Å", 1.0),
-    "1/A": ("1/Å", 1.0),
-    "Å^-1": ("1/Å", 1.0),
-    "1/Å": ("1/Å", 1.0),
-    "A-1": ("1/Å", 1.0),
-    "nm^-1": ("1/Å", 0.1),
-    "1/nm": ("1/Å", 0.1),
-    "nm-1": ("1/Å", 0.1),
-}
-_UNCALIBRATED = ("", "pixels", "pixel", "pix", "px", "none", "unknown")
 
 #: Names that py4DSTEM <= 0.8 gave to what is called otherwise since.
 _OLD_NAMES = {
@@ -73,7 +56,7 @@ def layout_of(dataset: Any) -> str | None:
         return None
     file = dataset.file
     top = file[dataset.name.split("/")[1]]
-    writer = _decoded(group.attrs.get("python_class", group.attrs.get("py4dstem_class", "")))
+    writer = decoded(group.attrs.get("python_class", group.attrs.get("py4dstem_class", "")))
     if "version_major" in file.attrs:
         return f"EMD {_version(file)} (py4DSTEM)" if writer == "DataCube" else f"EMD {_version(file)}"
     if "version_major" in top.attrs:
@@ -96,31 +79,22 @@ def calibration(path: Path, dataset: Any) -> tuple[dict[str, Any], tuple[str, ..
     if (angle := found.get("convergence_semiangle_mrad")) is not None:
         settings["semiangle_mrad"] = number(angle, "convergence_semiangle_mrad", path, positive=True)
     for space, first_axis in (("R", 0), ("Q", 2)):
-        size, unit = found.get(f"{space}_pixel_size"), _unit(found.get(f"{space}_pixel_units"))
-        if size is None or unit in _UNCALIBRATED:
+        size, unit = found.get(f"{space}_pixel_size"), spelled(found.get(f"{space}_pixel_units"))
+        if size is None or unit in UNCALIBRATED:
             size, unit = _steps(dataset, first_axis)
-        if size is None or unit in _UNCALIBRATED:
+        if size is None or unit in UNCALIBRATED:
             continue
-        if unit not in (_LENGTHS if space == "R" else _ANGLES):
+        if unit not in (LENGTHS if space == "R" else ANGLES):
             notes.append(f"the {space} pixel size {size} has the unknown unit {unit!r} and is not used")
             continue
         steps = pair(size, f"{space}_pixel_size", path, positive=True)
         if space == "R":
-            settings["scan_step_angstrom"] = [step * _LENGTHS[unit] for step in steps]
+            settings["scan_step_angstrom"] = [step * LENGTHS[unit] for step in steps]
         else:
-            kind, factor = _ANGLES[unit]
+            kind, factor = ANGLES[unit]
             settings |= detector_pixel([step * factor for step in steps], kind, energy)
     notes.extend(_unused(path, found))
     return settings, tuple(notes)
-
-
-def detector_pixel(size: list[float], unit: str, energy_kev: float | None) -> dict[str, list[float]]:
-    """The setting for a detector pixel [row, column] whose ``unit`` is 'mrad' or '1/Å': in mrad whenever possible."""
-    if unit == "mrad":
-        return {"detector_pixel_mrad": size}
-    if energy_kev is None:
-        return {"detector_pixel_inv_angstrom": size}
-    return {"detector_pixel_mrad": [k * electron_wavelength(energy_kev * 1e3) * 1e3 for k in size]}
 
 
 def _unused(path: Path, found: dict[str, Any]) -> list[str]:
@@ -170,7 +144,7 @@ def _metadata(dataset: Any) -> dict[str, Any]:
             if name in _BUNDLES:
                 groups.append(item)
                 item.visititems(lambda _, child: groups.append(child) if isinstance(child, h5py.Group) else None)
-            elif _decoded(item.attrs.get("py4dstem_class", "")) == "Calibration":
+            elif decoded(item.attrs.get("py4dstem_class", "")) == "Calibration":
                 groups.append(item)
         if group.name == "/":
             break
@@ -195,11 +169,11 @@ def _entries(group: Any) -> list[tuple[str, Any]]:
         if isinstance(item := group.get(name), h5py.Dataset)
         and item.shape is not None
         and item.size <= 2
-        and _decoded(item.attrs.get("type", "")) != "None"
+        and decoded(item.attrs.get("type", "")) != "None"
     ]
     entries = []
     for name, value in raw:
-        value = _decoded(value)
+        value = decoded(value)
         if isinstance(value, str):
             # py4DSTEM writes None as "_None", and up to 0.8 a text where nothing had been entered.
             if value != "_None" and name.endswith("units"):
@@ -221,22 +195,9 @@ def _steps(dataset: Any, first_axis: int) -> tuple[list[float] | None, str]:
             return None, ""
         start, after = dim[:2]
         steps.append(abs(float(after) - float(start)))
-        units.add(_unit(dim.attrs.get("units")))
+        units.add(spelled(dim.attrs.get("units")))
     return (steps, units.pop()) if len(units) == 1 else (None, "")
 
 
-def _unit(value: Any) -> str:
-    text = _decoded(value) if value is not None else ""
-    # NFKC turns the Ångström sign into the letter Å, which looks the same.
-    return re.sub(r"[\[\]\s_]", "", unicodedata.normalize("NFKC", text)) if isinstance(text, str) else ""
-
-
-def _decoded(value: Any) -> Any:
-    """Text as str, whether it was stored as bytes, fixed-length bytes or text; anything else unchanged."""
-    if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "SOU":
-        value = value.ravel()[0]
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
-
-
 def _version(item: Any) -> str:
-    return ".".join(str(_decoded(item.attrs.get(f"version_{part}", 0))) for part in ("major", "minor"))
+    return ".".join(str(decoded(item.attrs.get(f"version_{part}", 0))) for part in ("major", "minor"))

@@ -127,3 +127,49 @@ def pair(value: Any, name: str, path: Path, *, positive: bool = False) -> list[f
     """``value`` as [row, column]; a single number counts for both. See :func:`numbers`."""
     found = numbers(value, name, path, sizes=(1, 2), positive=positive)
     return found * 2 if len(found) == 1 else found
+
+
+def filters(dataset: Any) -> list[tuple[int, tuple[int, ...], str]]:
+    """The filters that an h5py dataset's chunks went through: (number, options, name)."""
+    plist = dataset.id.get_create_plist()
+    entries = [plist.get_filter(i) for i in range(plist.get_nfilters())]
+    return [
+        (code, tuple(options), bytes(name).decode(errors="replace").split(";")[0]) for code, _, options, name in entries
+    ]
+
+
+def filter_names(dataset: Any) -> list[str]:
+    """Their names."""
+    return [name for _, _, name in filters(dataset)]
+
+
+def require_filters(path: Path, dataset: Any) -> None:
+    """Raise ``DataFileError`` for a filter that is not installed: HDF5 only says that some chunk could not be read."""
+    for code, _, name in filters(dataset):
+        if not h5py.h5z.filter_avail(code):
+            raise DataFileError(
+                f"{path}: dataset {dataset.name} is compressed with filter {code} ({name or 'no name'}), "
+                "which is not installed; install its HDF5 plugin or repack the file with gzip (h5repack)"
+            )
+
+
+def require_sources(path: Path, dataset: Any) -> None:
+    """Raise ``DataFileError`` where a file that a virtual dataset takes frames from is missing: HDF5 reads zeros."""
+    sources = {s.file_name for s in dataset.virtual_sources()} if dataset.is_virtual else set()
+    for name in sorted(sources - {"."}):
+        if "%" not in name and not (path.parent / name).exists() and not Path(name).exists():
+            raise DataFileError(
+                f"{path}: dataset {dataset.name} takes frames from {name}, which is missing; put that file "
+                "beside this one"
+            )
+
+
+def frames_in(path: Path, file: Any, name: str) -> Any:
+    """The 3-D or 4-D dataset ``name`` of an open file. Raises ``DataFileError`` when there is none."""
+    try:
+        data = file[name]
+    except HDF5_ERRORS:
+        data = None
+    if not isinstance(data, h5py.Dataset) or data.ndim not in (3, 4) or 0 in data.shape:
+        raise DataFileError(f"{path}: images were expected in {name}, there are none; copy the data file again")
+    return data

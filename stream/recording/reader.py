@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -19,14 +20,14 @@ import numpy as np
 
 from detectors.errors import DataFileError
 from detectors.messages import Encoding, FrameBlock, SeriesEnd, SeriesStart
-from stream.files.hdf5 import HDF5_ERRORS, explained, open_file, reason
-from stream.recording.layout import FILTER_MASKS, FILTERS, FORMAT, LZ4_HEADER, VERSION
+from stream.files.hdf5 import HDF5_ERRORS, explained, open_file
+from stream.recording.channels import ChannelReader
+from stream.recording.layout import FILTERS, FORMAT, NO_TIME, VERSION, channel_group
 
 #: Defaults of ``Recording.blocks``.
 BLOCK_BYTES = 32 << 20
 BLOCK_FRAMES = 512
 
-_ENCODING_OF_MASK = {mask: encoding for encoding, mask in FILTER_MASKS.items()}
 _DTYPES = {np.dtype(f"<{code}") for code in ("u1", "u2", "u4", "f4")}
 
 #: Rows of the per-frame arrays that are read at a time.
@@ -37,8 +38,6 @@ _SUPERBLOCK = struct.Struct("<8sB2xB16xQ")
 _SWMR_WRITING = 4
 
 _TRUNCATED = "{path}: the file ends before what was recorded; it was truncated, copy it again"
-
-_Damaged = dict[int, tuple[Encoding, int, int]]
 
 
 def is_recording(path: str | PathLike[str]) -> bool:
@@ -78,30 +77,38 @@ class Recording:
     ``path``; ``start``: the series as it was announced, with the raw header; ``frames``: how many were recorded,
     duplicates and damaged ones among them; ``protocol``, ``program_version``: of the recorded stream and the recorder;
     ``complete``: whether the end message came; ``undecodable_messages``: how many came that the protocol could not read
-    (they were not kept); ``damaged_frames``: frames whose payload is not one whole frame; ``messages_start``,
+    (they were not kept); ``damaged_frames``: frames with a payload that is not one whole frame; ``messages_start``,
     ``messages_end``: raw message parts, none where nothing came.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
         """Take over the open ``file``, whose layout is known to be right."""
-        attrs, self._file, self._data, self.path = file.attrs, file, file["frames"], path
+        attrs, self._file, self.path = file.attrs, file, path
         self.protocol, self.program_version = str(attrs["protocol"]), str(attrs["program_version"])
         self.complete = bool(attrs["complete"])
         self.undecodable_messages = int(attrs["undecodable_messages"])
         self.frames = len(file["frame_index"])
         self.messages_start, self.messages_end = self._message("start"), self._message("end")
         scan, announced = attrs.get("scan_shape"), attrs.get("frames_announced")
+        channels = _channels(file)
+        self._channels = [
+            ChannelReader(path, file[channel_group(number)], self.frames) for number in range(max(1, len(channels)))
+        ]
+        data = file["frames"]
         self.start = SeriesStart(
             json.loads(attrs["series"]),
-            (self._data.shape[1], self._data.shape[2]),
-            self._data.dtype.newbyteorder("<"),
+            (data.shape[1], data.shape[2]),
+            data.dtype.newbyteorder("<"),
             None if scan is None else (int(scan[0]), int(scan[1])),
             None if announced is None else int(announced),
             json.loads(attrs["settings"]),
             self.messages_start,
+            channels,
+            file["pixel_mask"][...] if "pixel_mask" in file else None,
+            file["flatfield"][...] if "flatfield" in file else None,
+            bool(attrs["maximum_is_masked"]),
         )
-        self._damaged = self._damaged_rows()
-        self.damaged_frames = len(self._damaged)
+        self.damaged_frames = len(set().union(*(channel.damaged for channel in self._channels)))
 
     def __enter__(self) -> Recording:
         return self
@@ -154,28 +161,26 @@ class Recording:
     ) -> Iterator[FrameBlock]:
         """All frames in order of arrival, their payloads packed as they came, each block in a slab of its own.
 
-        A block holds at most ``max_frames`` frames and ``max_bytes`` bytes (but at least one frame), all of one
-        encoding. With ``keep_batches`` it also holds frames of one arrival time only, as a replay in recorded time
-        needs; without, blocks are as full as they can be and ``time_ns`` is the first frame's.
+        A block holds at most ``max_frames`` frames and ``max_bytes`` bytes (but at least one frame) with every channel,
+        all of one encoding a channel. With ``keep_batches`` it also holds frames of one arrival time only, as a replay
+        in recorded time needs; without, blocks are as full as they can be and ``time_ns`` is the first frame's.
         Raises ``DataFileError`` naming the frame that cannot be read.
         """
-        pending: list[tuple[int, int, bytes]] = []  # (index, time, payload)
-        size, encoding = 0, Encoding.RAW
-        for row, index, time_ns in self._rows():
-            its_encoding, payload = self._payload(row)
+        pending: list[_Row] = []
+        size = 0
+        for row in self._rows():
             if pending and (
-                its_encoding is not encoding
+                row.kind != pending[0].kind
                 or len(pending) >= max_frames
-                or size + len(payload) > max_bytes
-                or (keep_batches and time_ns != pending[0][1])
+                or size + row.payload_bytes > max_bytes
+                or (keep_batches and row.time_ns != pending[0].time_ns)
             ):
-                yield self._block(encoding, pending)
+                yield self._block(pending)
                 pending, size = [], 0
-            pending.append((index, time_ns, payload))
-            size += len(payload)
-            encoding = its_encoding
+            pending.append(row)
+            size += row.payload_bytes
         if pending:
-            yield self._block(encoding, pending)
+            yield self._block(pending)
 
     def describe(self) -> list[tuple[str, str]]:
         """What the file holds, as (label, text) rows for a table."""
@@ -192,6 +197,7 @@ class Recording:
             ("scan", f"{self.scan_shape[0]} x {self.scan_shape[1]} positions" if self.scan_shape else "not given"),
             ("detector", f"{rows} x {columns} pixels"),
             ("pixel type", self.dtype.name),
+            *([("channels", ", ".join(start.channels))] if start.channels else []),
             ("size", f"{stored / 1e6:.4g} MB{ratio}"),
             ("duration", f"{self.duration_s:.4g} s"),
             ("end", "the end message came" if self.complete else "no end message: the series was cut off"),
@@ -207,53 +213,53 @@ class Recording:
         stops = np.cumsum(self._file[f"messages/{name}_sizes"][...]).tolist()
         return tuple(data[start:stop] for start, stop in zip([0, *stops], stops, strict=False))
 
-    def _damaged_rows(self) -> _Damaged:
-        """Row of /frames -> (encoding, first byte in the damaged payloads, size)."""
-        group = self._file["damaged"]
-        sizes = group["sizes"][...]
-        starts = np.cumsum(sizes) - sizes
-        columns = (group["at"][...].tolist(), group["encoding"][...].tolist(), starts.tolist(), sizes.tolist())
-        # The recorder may have died after it wrote these and before it counted their frames: columns can differ.
-        return {at: (Encoding(code), start, size) for at, code, start, size in zip(*columns, strict=False)
-                if at < self.frames}  # fmt: skip
-
-    def _rows(self) -> Iterator[tuple[int, int, int]]:
-        """(row of /frames, frame index, arrival time)."""
+    def _rows(self) -> Iterator[_Row]:
         for first in range(0, self.frames, _ROWS_AT_A_TIME):
             stop = min(first + _ROWS_AT_A_TIME, self.frames)
             with explained(self.path, f"reading the numbers and times of frames {first} to {stop - 1}"):
                 indices = self._file["frame_index"][first:stop].tolist()
                 times = self._file["arrival_time_ns"][first:stop].tolist()
-            yield from zip(range(first, stop), indices, times, strict=True)
+                exposed = self._file["exposed_ns"][first:stop].tolist()
+                encodings = zip(*(channel.encodings(first, stop) for channel in self._channels), strict=True)
+            exposed += [NO_TIME] * (stop - first - len(exposed))
+            columns = zip(range(first, stop), indices, times, exposed, encodings, strict=True)
+            for at, index, time_ns, exposed_ns, its_encodings in columns:
+                payloads = [c.payload(at, encoding) for c, encoding in zip(self._channels, its_encodings, strict=True)]
+                yield _Row(index, time_ns, exposed_ns, its_encodings, payloads)
 
-    def _payload(self, row: int) -> tuple[Encoding, bytes]:
-        try:
-            if row in self._damaged:
-                encoding, start, size = self._damaged[row]
-                return encoding, self._file["damaged/payloads"][start : start + size].tobytes()
-            mask, chunk = self._data.id.read_direct_chunk((row, 0, 0))
-        except HDF5_ERRORS as error:
-            raise DataFileError(
-                f"{self.path}: frame {row} of {self.frames} cannot be read ({reason(error)}); the file or the disk is "
-                "damaged, copy the file again"
-            ) from error
-        if mask not in _ENCODING_OF_MASK:
-            raise DataFileError(f"{self.path}: frame {row} was repacked by another program; use the file as recorded")
-        encoding = _ENCODING_OF_MASK[mask]
-        return encoding, chunk[LZ4_HEADER.size :] if encoding is Encoding.LZ4 else chunk
+    def _block(self, rows: list[_Row]) -> FrameBlock:
+        indices = np.array([row.index for row in rows], np.int64)
+        exposed = None
+        if rows[0].exposed_ns != NO_TIME:
+            exposed = np.array([row.exposed_ns for row in rows], np.int64)
+        blocks = []
+        for number, encoding in enumerate(rows[0].encodings):
+            payloads = [row.payloads[number] for row in rows]
+            sizes = np.array([len(payload) for payload in payloads], np.int64)
+            slab = np.frombuffer(b"".join(payloads), np.uint8)
+            where = indices, np.cumsum(sizes) - sizes, sizes, slab, rows[0].time_ns, exposed
+            blocks.append(FrameBlock(self.start.series, encoding, *where))
+        return replace(blocks[0], others=tuple(blocks[1:]))
 
-    def _block(self, encoding: Encoding, pending: list[tuple[int, int, bytes]]) -> FrameBlock:
-        payloads = [payload for _, _, payload in pending]
-        sizes = np.array([len(payload) for payload in payloads], np.int64)
-        return FrameBlock(
-            self.start.series,
-            encoding,
-            np.array([index for index, _, _ in pending], np.int64),
-            np.cumsum(sizes) - sizes,
-            sizes,
-            np.frombuffer(b"".join(payloads), np.uint8),
-            pending[0][1],
-        )
+
+@dataclass(slots=True)
+class _Row:
+    """A frame: encodings and payloads of its channels."""
+
+    index: int
+    time_ns: int
+    exposed_ns: int
+    encodings: tuple[Encoding, ...]
+    payloads: list[bytes]
+
+    @property
+    def kind(self) -> tuple[tuple[Encoding, ...], bool]:
+        """What the frames of a block have in common."""
+        return self.encodings, self.exposed_ns == NO_TIME
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(map(len, self.payloads))
 
 
 def _open(path: Path) -> tuple[Any, bool]:
@@ -297,13 +303,26 @@ def _require_ours(path: Path, file: Any) -> None:
             f"{path}: the recording has version {version} of its format, this program reads version {VERSION}; "
             "use a newer liveptycho"
         )
-    data = file["frames"]
-    properties = data.id.get_create_plist()
-    filters = tuple(properties.get_filter(i)[0] for i in range(properties.get_nfilters()))
-    if data.ndim != 3 or data.chunks != (1, *data.shape[1:]) or data.dtype not in _DTYPES or filters != FILTERS:
-        raise DataFileError(
-            f"{path}: /frames is not laid out as recorded (chunks {data.chunks} of {data.dtype}, filters {filters}); "
-            "another program has changed it, use the file as recorded"
-        )
-    if not len(file["frame_index"]) <= min(len(file["arrival_time_ns"]), len(data)):
-        raise DataFileError(f"{path}: the recording's arrays have different lengths; it is damaged, copy it again")
+    frames = len(file["frame_index"])
+    for number in range(max(1, len(_channels(file)))):
+        group = file[channel_group(number)]
+        data = group["frames"]
+        properties = data.id.get_create_plist()
+        filters = tuple(properties.get_filter(i)[0] for i in range(properties.get_nfilters()))
+        like = file["frames"]
+        if (
+            (data.ndim, data.chunks, filters) != (3, (1, *data.shape[1:]), FILTERS)
+            or data.dtype not in _DTYPES
+            or (data.shape[1:], data.dtype) != (like.shape[1:], like.dtype)
+        ):
+            raise DataFileError(
+                f"{path}: {data.name} is not laid out as recorded (chunks {data.chunks} of {data.dtype}, filters "
+                f"{filters}); another program has changed it, use the file as recorded"
+            )
+        if frames > min(len(file["arrival_time_ns"]), len(data), len(group["encoding"])):
+            raise DataFileError(f"{path}: the recording's arrays have different lengths; it is damaged, copy it again")
+
+
+def _channels(file: Any) -> tuple[str, ...]:
+    """Names of the channels, none where there is but one without a name."""
+    return tuple(map(str, json.loads(file.attrs["channels"])))

@@ -13,15 +13,14 @@ from types import TracebackType
 from typing import Any
 
 import h5py
-import hdf5plugin  # noqa: F401  - importing it registers the compression filters
 import numpy as np
 
-from detectors.codec import decode
 from detectors.errors import DataFileError
-from detectors.messages import Encoding, FrameBlock, SeriesEnd, SeriesStart
+from detectors.messages import FrameBlock, SeriesEnd, SeriesStart
 from stream.files.hdf5 import HDF5_ERRORS, reason
-from stream.recording.layout import FILTER_MASKS, FILTERS, FORMAT, LZ4_HEADER, VERSION
-from stream.recording.payload_check import prepare, whole_frames
+from stream.recording.channels import ChannelWriter, append, growing
+from stream.recording.layout import FORMAT, NO_TIME, VERSION, channel_group
+from stream.recording.payload_check import prepare
 
 #: Readable by HDF5 1.10 (2016) and later; older formats have no SWMR.
 _LIBVER = ("v110", "v110")
@@ -55,13 +54,13 @@ class Recorder:
         self.bytes = 0
         """size of their payloads"""
         self.damaged = 0
-        """frames whose payload was not one whole frame"""
+        """frames with a payload that was not one whole frame"""
         self._failure: str | None = None
         self._undecodable = 0
         self._index: list[np.ndarray] = []
         self._times: list[np.ndarray] = []
+        self._exposed: list[np.ndarray] = []
         self._waiting = 0
-        self._damaged: list[tuple[int, Encoding, bytes]] = []
         self._flushed = time.monotonic()
         prepare()
         existed = self.path.exists()
@@ -72,7 +71,10 @@ class Recorder:
         except HDF5_ERRORS as error:
             raise DataFileError(f"{self.path}: {_why_not_created(self.path, error)}") from error
         try:
-            self._frames_dataset = self._lay_out(protocol, program_version)
+            self._lay_out(protocol, program_version)
+            self._channels = [
+                ChannelWriter(self._file[channel_group(number)], start) for number in range(max(1, len(start.channels)))
+            ]
             self._file.swmr_mode = True
             self._flush()
         except HDF5_ERRORS as error:
@@ -92,24 +94,30 @@ class Recorder:
     def write(self, block: FrameBlock) -> None:
         """Append the frames of ``block``, which must belong to this series, with its arrival time.
 
-        The slab is read during the call only. A payload that is not one whole frame is kept beside the others, see
-        the layout. Raises ``DataFileError`` when the file cannot take the frames (disk full, for one), from then on
-        at every call: what was flushed before remains readable.
+        It holds every channel that was announced. The slabs are read during the call only. A payload that is not one
+        whole frame is kept beside the others, see the layout. Raises ``DataFileError`` when the file cannot take the
+        frames (disk full, for one), from then on at every call: what was flushed before remains readable.
         """
         if block.series != self.start.series:
             raise ValueError(f"a block of series {block.series!r} in the recording of series {self.start.series!r}")
+        blocks = (block, *block.others)
+        if len(blocks) != len(self._channels) or {len(other) for other in blocks} != {len(block)}:
+            raise ValueError(f"frames of {len(blocks)} channels in a recording of {len(self._channels)}")
         self._require_open()
-        whole = whole_frames(block, self.start.frame_bytes, self.start.dtype.itemsize)
         try:
-            self._frames_dataset.resize(self.frames + len(block), axis=0)
-            self._write_chunks(block, whole)
+            whole = [channel.write(self.frames, each) for channel, each in zip(self._channels, blocks, strict=True)]
+            self.frames += len(block)
+            self.bytes += block.payload_bytes
+            self.damaged += int(np.count_nonzero(~np.all(whole, axis=0)))
             self._index.append(np.array(block.indices, np.int64))
             self._times.append(np.full(len(block), block.time_ns, np.int64))
+            exposed = np.full(len(block), NO_TIME) if block.exposed_ns is None else block.exposed_ns
+            self._exposed.append(np.array(exposed, np.int64))
             self._waiting += len(block)
             if (
                 self._waiting >= _FLUSH_FRAMES
                 or time.monotonic() - self._flushed >= _FLUSH_S
-                or sum(len(payload) for _, _, payload in self._damaged) >= _FLUSH_DAMAGED_BYTES
+                or sum(channel.damaged_bytes for channel in self._channels) >= _FLUSH_DAMAGED_BYTES
             ):
                 self._flush()
         except HDF5_ERRORS as error:
@@ -159,8 +167,8 @@ class Recorder:
         finally:
             self._abandon()
 
-    def _lay_out(self, protocol: str, program_version: str) -> Any:
-        """Make every attribute and dataset, none of which can be added in SWMR mode; returns /frames."""
+    def _lay_out(self, protocol: str, program_version: str) -> None:
+        """Make every attribute and dataset, none of which can be added in SWMR mode."""
         start, file = self.start, self._file
         file.attrs.update(
             {
@@ -170,6 +178,8 @@ class Recorder:
                 "program_version": program_version,
                 "series": json.dumps(start.series),
                 "settings": json.dumps(dict(start.settings), default=_jsonable, skipkeys=True),
+                "channels": json.dumps(start.channels),
+                "maximum_is_masked": np.bool_(start.maximum_is_masked),
                 "complete": np.bool_(False),
                 "undecodable_messages": 0,
                 "flushed_bytes": 0,
@@ -179,87 +189,51 @@ class Recorder:
             file.attrs["scan_shape"] = np.array(start.scan_shape, np.int64)
         if start.frames is not None:
             file.attrs["frames_announced"] = start.frames
+        if start.pixel_mask is not None:
+            file["pixel_mask"] = start.pixel_mask.astype(bool)
+        if start.flatfield is not None:
+            file["flatfield"] = start.flatfield.astype(np.float32)
         for name, dtype in (
             ("frame_index", np.int64), ("arrival_time_ns", np.int64),
             ("messages/start", np.uint8), ("messages/start_sizes", np.int64),
             ("messages/end", np.uint8), ("messages/end_sizes", np.int64),
-            ("damaged/at", np.int64), ("damaged/encoding", np.uint8),
-            ("damaged/sizes", np.int64), ("damaged/payloads", np.uint8),
         ):  # fmt: skip
-            file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(4096,))
+            growing(file, name, dtype)
+        growing(file, "exposed_ns", np.int64, fillvalue=NO_TIME)
         self._append_message("start", start.header)
-        # h5py's own interface attaches one compression filter at most.
-        rows, columns = start.detector_shape
-        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        properties.set_chunk((1, rows, columns))
-        properties.set_filter(FILTERS[0], h5py.h5z.FLAG_OPTIONAL, (0,))
-        properties.set_filter(FILTERS[1], h5py.h5z.FLAG_OPTIONAL, (0, 2))  # default block size, LZ4
-        space = h5py.h5s.create_simple((0, rows, columns), (h5py.h5s.UNLIMITED, rows, columns))
-        kind = h5py.h5t.py_create(start.dtype.newbyteorder("<"))
-        h5py.h5d.create(file.id, b"frames", kind, space, properties).close()
-        return file["frames"]
-
-    def _write_chunks(self, block: FrameBlock, whole: np.ndarray) -> None:
-        write, encoding = self._frames_dataset.id.write_direct_chunk, block.encoding
-        slab = memoryview(block.slab)  # type: ignore[arg-type]
-        mask = FILTER_MASKS[encoding]
-        offsets, sizes = block.offsets.tolist(), block.sizes.tolist()
-        for offset, size, is_whole in zip(offsets, sizes, whole.tolist(), strict=True):
-            payload = slab[offset : offset + size]
-            if not is_whole:
-                self._damaged.append((self.frames, encoding, bytes(payload)))
-                self.damaged += 1
-            elif encoding is Encoding.LZ4:
-                self._write_lz4(payload)
-            else:
-                write((self.frames, 0, 0), payload, mask)
-            self.frames += 1
-            self.bytes += size
-
-    def _write_lz4(self, payload: memoryview) -> None:
-        start, where = self.start, (self.frames, 0, 0)
-        nbytes = start.frame_bytes
-        if len(payload) == nbytes:
-            # The LZ4 filter takes a block of the size of its contents for one that is not packed.
-            frame = decode(payload, Encoding.LZ4, start.detector_shape, start.dtype)
-            self._frames_dataset.id.write_direct_chunk(where, frame, FILTER_MASKS[Encoding.RAW])
-            return
-        chunk = b"".join((LZ4_HEADER.pack(nbytes, nbytes, len(payload)), payload))
-        self._frames_dataset.id.write_direct_chunk(where, chunk, FILTER_MASKS[Encoding.LZ4])
+        for number in range(max(1, len(start.channels))):
+            ChannelWriter.lay_out(file.require_group(channel_group(number)), start)
 
     def _flush(self) -> None:
-        if self._damaged:
-            at, encodings, payloads = zip(*self._damaged, strict=True)
-            self._append("damaged/at", np.array(at, np.int64))
-            self._append("damaged/encoding", np.array(encodings, np.uint8))
-            self._append("damaged/sizes", np.array([len(payload) for payload in payloads], np.int64))
-            self._append("damaged/payloads", np.frombuffer(b"".join(payloads), np.uint8))
-            self._damaged.clear()
+        for channel in self._channels:
+            channel.flush()
         if self._file.attrs["undecodable_messages"] != self._undecodable:
             self._file.attrs.modify("undecodable_messages", self._undecodable)
         if self._waiting:
-            self._append("arrival_time_ns", np.concatenate(self._times))
+            append(self._file["arrival_time_ns"], np.concatenate(self._times))
+            self._append_exposed(np.concatenate(self._exposed))
             # The frames must be there before the index says so, or a reader would find frames that are not.
             self._file.flush()
-            self._append("frame_index", np.concatenate(self._index))
+            append(self._file["frame_index"], np.concatenate(self._index))
             self._index.clear()
             self._times.clear()
+            self._exposed.clear()
             self._waiting = 0
         self._file.flush()
         self._file.attrs.modify("flushed_bytes", self.path.stat().st_size)
         self._file.flush()
         self._flushed = time.monotonic()
 
-    def _append_message(self, name: str, parts: tuple[bytes, ...]) -> None:
-        self._append(f"messages/{name}", np.frombuffer(b"".join(parts), np.uint8))
-        self._append(f"messages/{name}_sizes", np.array([len(part) for part in parts], np.int64))
+    def _append_exposed(self, exposed: np.ndarray) -> None:
+        told = np.flatnonzero(exposed != NO_TIME)
+        if len(told):
+            dataset, first = self._file["exposed_ns"], self.frames - len(exposed)
+            dataset.resize(first + told[-1] + 1, axis=0)
+            dataset[first:] = exposed[: told[-1] + 1]
 
-    def _append(self, name: str, values: np.ndarray) -> None:
-        if len(values):
-            dataset = self._file[name]
-            length = len(dataset)
-            dataset.resize(length + len(values), axis=0)
-            dataset[length:] = values
+    def _append_message(self, name: str, parts: tuple[bytes, ...]) -> None:
+        append(self._file[f"messages/{name}"], np.frombuffer(b"".join(parts), np.uint8))
+        append(self._file[f"messages/{name}_sizes"], np.array([len(part) for part in parts], np.int64))
 
     def _require_open(self) -> None:
         if self._failure is not None:

@@ -1,0 +1,147 @@
+"""The small parts of DECTRIS Stream V1: what an image's JSON texts say, read quickly, and images gathered to blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from detectors.errors import ProtocolError
+from detectors.messages import Encoding, FrameBlock, Message, ReceivedBatch, SeriesId
+from detectors.protocols.dectris import DTYPES
+
+#: No sane number of a frame or length of a series is larger.
+LARGEST_INDEX = 2**53
+LARGEST_INT64 = 2**63 - 1
+
+_ENCODING = re.compile(r"(?:(?:bs(8|16|32))?(-?lz4))?([<>])")
+
+
+def _object(**values: str) -> re.Pattern[bytes]:
+    """What matches JSON objects with these keys in any order; a group for each pair of parentheses in ``values``.
+
+    The three small parts of an image, read by ``json``, would cost more than everything else here. Whatever does not
+    match, or lacks a key, is read by ``json`` after all: a match only ever says what that would have said.
+    """
+    pairs = "|".join(f'"{key}" : (?:{value})' for key, value in values.items())
+    return re.compile(rf' \{{ (?:(?:{pairs}) (?:, (?=")|(?=\}})))+\}} '.replace(" ", r"[ \t\r\n]*").encode())
+
+
+_NUMBER = r"(0|[1-9][0-9]{0,17})"
+IMAGE = _object(frame=r"(0|[1-9][0-9]{0,14})", hash='"[-0-9A-Za-z]*"', htype=r'"(dimage-1\.0)"', series=_NUMBER)
+IMAGE_D = _object(
+    encoding='"([-a-z0-9<>]*)"',
+    htype=r'"(dimage_d-1\.0)"',
+    shape=rf"\[ {_NUMBER} , {_NUMBER} \]",
+    size=_NUMBER,
+    type='"([a-z0-9]*)"',
+)
+TIMES = _object(htype=r'"(dconfig-1\.0)"', real_time=r"(?:0|[1-9][0-9]*)", start_time=_NUMBER, stop_time=_NUMBER)
+
+
+class Layout(NamedTuple):
+    """How the pixels of an image lie: what ``dimage_d`` says, but for their size in bytes."""
+
+    encoding: Encoding
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+
+class Run:
+    """Consecutive images of one series and encoding, gathered into one block; and all that came so far."""
+
+    def __init__(self, batch: ReceivedBatch) -> None:
+        self.batch = batch
+        self.messages: list[Message] = []
+        self.key: tuple[SeriesId, Encoding, bool, bool] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.indices: list[int] = []
+        self.offsets: list[int] = []
+        self.sizes: list[int] = []
+        self.times: list[int] = []
+        self.own: list[bytes] = []
+
+    def add(
+        self, series: int, frame: int, layout: Layout, offset: int, size: int, time_ns: int | None, own: bytes | None
+    ) -> None:
+        """One image: its pixels in the batch's slab, or ``own``."""
+        key = (series, layout.encoding, time_ns is None, own is None)
+        if key != self.key:
+            self.close()
+            self.key = key
+        self.indices.append(frame)
+        self.sizes.append(size)
+        if time_ns is not None:
+            self.times.append(time_ns)
+        if own is None:
+            self.offsets.append(offset)
+        else:
+            self.own.append(own)
+
+    def say(self, message: Message) -> None:
+        self.close()
+        self.messages.append(message)
+
+    def close(self) -> None:
+        if self.key is None:
+            return
+        series, encoding, untimed, _ = self.key
+        indices, offsets, sizes, times = (
+            np.array(values, np.int64) for values in (self.indices, self.offsets, self.sizes, self.times)
+        )
+        slab = self.batch.slab
+        if self.own:
+            slab, offsets = np.frombuffer(b"".join(self.own), np.uint8), np.cumsum(sizes) - sizes
+        self.messages.append(
+            FrameBlock(series, encoding, indices, offsets, sizes, slab, self.batch.time_ns, None if untimed else times)
+        )
+        self.key = None
+        self._clear()
+
+
+def integer(fields: Mapping[str, Any], key: str, low: int, high: int) -> int:
+    value = fields.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise ProtocolError(f"{key!r} must be an integer from {low} to {high}, got {value!r}")
+    return value
+
+
+def series_of(fields: Mapping[str, Any]) -> int:
+    return integer(fields, "series", -LARGEST_INT64, LARGEST_INT64)
+
+
+def layout_of(fields: Mapping[str, Any]) -> Layout:
+    shape, kind, name = fields.get("shape"), fields.get("type"), fields.get("encoding")
+    if not (
+        isinstance(shape, list)
+        and shape[2:] in ([], [1])
+        and len(shape) >= 2
+        and all(type(n) is int and 1 <= n <= 65536 for n in shape)
+    ):
+        raise ProtocolError(f"'shape' must be [x, y], each from 1 to 65536, got {shape!r}")
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise ProtocolError(f"'type' must be one of {', '.join(DTYPES)}, got {kind!r}")
+    match = _ENCODING.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise ProtocolError(f"unknown encoding {name!r}; known are '<', 'lz4<', 'bs8-lz4<', 'bs16-lz4<', 'bs32-lz4<'")
+    bits, packed, order = match.groups()
+    swapped = order == ">" and dtype.itemsize > 1
+    if bits is not None and int(bits) != 8 * dtype.itemsize:
+        raise ProtocolError(f"the encoding {name!r} is not that of {dtype.name} pixels")
+    if packed and swapped:
+        raise ProtocolError(f"the encoding {name!r}: compressed pixels are only read in little-endian order ('<')")
+    plain = Encoding.RAW_BIG_ENDIAN if swapped else Encoding.RAW
+    return Layout(Encoding.BSLZ4 if bits else Encoding.LZ4 if packed else plain, (shape[1], shape[0]), dtype)
+
+
+def frame_count(config: Mapping[str, Any]) -> int | None:
+    """Images of a series, ``nimages`` for each of ``ntrigger`` triggers; None where it is not told."""
+    images, triggers = config.get("nimages"), config.get("ntrigger", 1)
+    if not (type(images) is int and type(triggers) is int and images > 0 and triggers > 0):
+        return None
+    return images * triggers if images * triggers <= LARGEST_INDEX else None

@@ -1,0 +1,128 @@
+"""Receiving from ZeroMQ sockets, part by part."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Self
+
+import zmq
+
+from detectors.addresses import why
+from detectors.errors import ConfigurationError, ConnectionFailed
+from stream.receiving import common
+from stream.receiving.common import Channel, Receiver, Slab
+
+#: Parts received in one go before other tasks get their turn: about a millisecond's worth.
+_DRAIN_PARTS = 512
+
+#: ZeroMQ's wake-ups are edge triggered; should one ever be missed, this is how long it takes to notice [s].
+_SAFETY_NET_S = 0.05
+
+#: Messages that ZeroMQ queues for a socket, on top of the slabs. It counts messages and not bytes, and changing it
+#: while messages flow can stop them: enough for bursts of small messages, bearable with messages of megabytes.
+_HIGH_WATER_MARK = 1024
+
+PATTERNS = {"pull": zmq.PULL, "sub": zmq.SUB}
+
+
+class _ZmqChannel(Channel):
+    def __init__(self, socket: zmq.Socket, index: int, address: str) -> None:
+        super().__init__(index, address)
+        self.socket = socket
+        self.readable = asyncio.Event()
+
+    def drain(self, slab: Slab) -> tuple[int, int]:
+        """Receive up to ``_DRAIN_PARTS`` parts without waiting; returns (parts received, messages too large)."""
+        receive, option, view = self.socket.recv_into, self.socket.get, slab.view
+        received = too_large = 0
+        while received < _DRAIN_PARTS and not slab.full:
+            first, start, fits, more = len(slab.offsets), slab.end, True, True
+            while more:
+                try:
+                    # The rest of a multipart message is there as soon as its first part is.
+                    room = min(common.MAX_MESSAGE_BYTES, len(view) - slab.end)
+                    size = receive(view[slab.end : slab.end + room], flags=zmq.DONTWAIT)
+                except zmq.Again:
+                    return received, too_large
+                received += 1
+                more = bool(option(zmq.RCVMORE))  # not as an attribute: its look-up costs more than the receiving
+                fits = fits and size <= room
+                slab.offsets.append(slab.end)
+                slab.lengths.append(size)
+                slab.last.append(not more)
+                if fits:
+                    slab.end += (size + 7) & ~7  # on an 8-byte boundary: pixels are read in place
+            if not fits:
+                slab.end = start
+                del slab.offsets[first:], slab.lengths[first:], slab.last[first:]
+                too_large += 1
+        return received, too_large
+
+
+class ZmqReceiver(Receiver):
+    """A PULL or SUB socket for each address."""
+
+    def __init__(self, addresses: Sequence[str], *, bind: bool = False, pattern: str = "pull") -> None:
+        if pattern not in PATTERNS:
+            raise ConfigurationError(f"unknown socket pattern {pattern!r}; known are {', '.join(PATTERNS)}")
+        super().__init__(addresses)
+        self._bind, self._pattern = bind, pattern
+
+    async def __aenter__(self) -> Self:
+        self._context = zmq.Context()
+        return await super().__aenter__()
+
+    def _open(self, index: int, address: str) -> _ZmqChannel:
+        socket = self._context.socket(PATTERNS[self._pattern])
+        socket.rcvhwm = _HIGH_WATER_MARK
+        socket.linger = 0
+        socket.reconnect_ivl_max = 1000
+        if self._pattern == "sub":
+            socket.subscribe(b"")
+        port = address.rpartition(":")[2]
+        if address.startswith("tcp://") and port.isdecimal() and int(port) > 65535:  # ZeroMQ would take the remainder
+            raise ConnectionFailed(f"cannot use {address!r}: there are no ports beyond 65535")
+        try:
+            if self._bind:
+                socket.bind(address)
+            else:
+                socket.connect(address)
+        except zmq.ZMQError as error:
+            verb = "bind" if self._bind else "connect to"
+            raise ConnectionFailed(f"cannot {verb} {address!r}: {why(error)}") from None
+        self.endpoints.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        return _ZmqChannel(socket, index, address)
+
+    def _close(self) -> None:
+        self._context.destroy(linger=0)
+
+    async def _read(self, channel: Channel) -> None:
+        assert isinstance(channel, _ZmqChannel)
+        loop = asyncio.get_running_loop()
+        descriptor = channel.socket.FD
+        while True:
+            slab = await self._slab(channel)
+            before = slab.end
+            received, too_large = channel.drain(slab)
+            self._lost(too_large, channel)
+            if received:
+                slab.time_ns = time.time_ns()
+                self.bytes_received += slab.end - before
+                self._something.set()
+                await asyncio.sleep(0)
+                continue
+            # Nothing left. The descriptor is edge triggered and reading the event flag re-arms it.
+            if int(channel.socket.EVENTS) & zmq.POLLIN:
+                await asyncio.sleep(0)
+                continue
+            channel.readable.clear()
+            loop.add_reader(descriptor, channel.readable.set)
+            try:
+                async with asyncio.timeout(_SAFETY_NET_S):
+                    await channel.readable.wait()
+            except TimeoutError:
+                pass
+            finally:
+                loop.remove_reader(descriptor)
