@@ -26,9 +26,9 @@ import numpy as np
 import stream
 from detectors.codec import encode
 from detectors.messages import Encoding, SeriesId, SeriesStart
-from detectors.sender import serve
-from detectors.simulation import SimulatedScan
-from detectors.source import FrameMaker
+from detectors.simulator.sender import serve
+from detectors.simulator.simulation import SimulatedScan
+from detectors.simulator.source import FrameMaker
 from stream.offline import FileFrames
 from stream.spectra import spectrum_at
 

@@ -13,7 +13,7 @@ import numpy as np
 from detectors.errors import ConfigurationError
 from detectors.messages import Encoding, SeriesId, SeriesStart
 from detectors.protocols.registry import StreamProtocol
-from detectors.source import EncodedSource, FrameSource
+from detectors.simulator.source import EncodedSource, FrameSource
 from stream.array import choose_device
 from stream.config import Layer
 from stream.files import Dataset4D, open_dataset
@@ -51,7 +51,7 @@ def _sent_start(dataset: Dataset4D, series: SeriesId) -> SeriesStart:
 
 
 class FileFrames:
-    """A data file as a detector's frames: see ``detectors.source.FrameMaker``."""
+    """A data file as a detector's frames: see ``detectors.simulator.source.FrameMaker``."""
 
     def __init__(self, dataset: Dataset4D) -> None:
         self._dataset = dataset
@@ -73,7 +73,7 @@ class FileFrames:
 
 
 class StoredFrames:
-    """A data file's frames as they lie in it, never decoded: see ``detectors.source.FrameSource``.
+    """A data file's frames as they lie in it, never decoded: see ``detectors.simulator.source.FrameSource``.
 
     ``encoding``: what they are called in the stream; the dataset's own, or another word for the same bytes.
     """

@@ -11,7 +11,7 @@ import numpy as np
 from detectors.errors import ConfigurationError
 from detectors.messages import FrameBlock
 from detectors.protocols.registry import protocol_named
-from detectors.wire import Wire, open_wire, send
+from detectors.simulator.wire import Wire, open_wire, send
 from stream.recording import Recording, open_recording
 
 #: Frames that came together go out in messages of at most so many.

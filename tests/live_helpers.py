@@ -16,9 +16,9 @@ import zmq.asyncio
 
 from detectors.codec import encode
 from detectors.messages import Encoding, FrameBlock, Message, ReceivedBatch
-from detectors.sender import SendReport, serve
-from detectors.simulation import SimulatedScan
-from detectors.source import EncodedSource
+from detectors.simulator.sender import SendReport, serve
+from detectors.simulator.simulation import SimulatedScan
+from detectors.simulator.source import EncodedSource
 from stream.api import Result, Session, SessionOptions, Snapshot
 from stream.offline import reconstruct_file
 

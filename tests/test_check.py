@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detectors.errors import ConfigurationError
-from detectors.merlin_device import SimulatedMerlin
 from detectors.messages import Encoding
 from detectors.protocols.registry import PROTOCOLS, protocol_named
-from detectors.source import EncodedSource
+from detectors.simulator.merlin_device import SimulatedMerlin
+from detectors.simulator.source import EncodedSource
 from stream.check import Finding, check_address
 from stream.probe import advice, is_zeromq, probe, socket_type
 from tests.live_helpers import (

@@ -20,7 +20,7 @@ from detectors import codec
 from detectors.errors import ConfigurationError, DataFileError
 from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesStart
 from detectors.protocols.registry import protocol_named
-from detectors.sender import serve
+from detectors.simulator.sender import serve
 from stream.config import Layer
 from stream.files import Dataset4D, open_dataset
 from stream.offline import StoredFrames, describe_file, file_source, file_start, reconstruct_file

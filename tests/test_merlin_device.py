@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from detectors.errors import ConfigurationError, ConnectionFailed
-from detectors.merlin_device import SimulatedMerlin
 from detectors.messages import Encoding, FrameBlock, SeriesEnd, SeriesStart
 from detectors.protocols.registry import protocol_named
-from detectors.sender import SendReport, serve
-from detectors.source import EncodedSource
-from stream import merlin_control
+from detectors.simulator.merlin_device import SimulatedMerlin
+from detectors.simulator.sender import SendReport, serve
+from detectors.simulator.source import EncodedSource
 from stream.config import Layer
 from stream.control import ScanPlan
+from stream.control import merlin as merlin_control
+from stream.control.merlin import MerlinControl
 from stream.intake import messages
-from stream.merlin_control import MerlinControl
 from stream.receiving import open_receiver
 from stream.record import record_stream
 from stream.recording import open_recording

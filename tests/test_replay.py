@@ -14,8 +14,8 @@ import pytest
 from detectors.codec import encode
 from detectors.errors import ConfigurationError, ConnectionFailed, DataFileError
 from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesEnd, SeriesStart
-from detectors.misbehaviour import Misbehaviour
 from detectors.protocols.registry import protocol_named
+from detectors.simulator.misbehaviour import Misbehaviour
 from stream.intake import Silence, messages
 from stream.receiving import open_receiver
 from stream.record import Recorded, record_stream

@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from detectors.errors import ConfigurationError, DoesNotFit
-from detectors.misbehaviour import Misbehaviour
+from detectors.simulator.misbehaviour import Misbehaviour
 from stream import engine as engine_module
 from stream.api import Session, Snapshot
 from stream.kernels import METHODS

@@ -23,9 +23,9 @@ from detectors.messages import (
     SeriesId,
     SeriesStart,
 )
-from detectors.misbehaviour import Misbehaviour
 from detectors.protocols.native import Decoder as NativeDecoder
-from detectors.sender import SendReport, serve
+from detectors.simulator.misbehaviour import Misbehaviour
+from detectors.simulator.sender import SendReport, serve
 
 ADDRESS = "tcp://127.0.0.1:*"
 PATIENCE_S = 30.0

@@ -17,8 +17,8 @@ import stream.reconstruction as reconstruction_module
 from detectors.codec import encode
 from detectors.errors import ConfigurationError, ConnectionFailed, DataFileError, DoesNotFit
 from detectors.messages import Encoding
-from detectors.misbehaviour import Misbehaviour
-from detectors.simulation import SimulatedScan
+from detectors.simulator.misbehaviour import Misbehaviour
+from detectors.simulator.simulation import SimulatedScan
 from stream.api import Result, Session, open_session
 from stream.config import Layer
 from stream.recording import open_recording

@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from detectors.errors import ConfigurationError, ConnectionFailed, LiveptychoError, ProtocolError
 from detectors.messages import Encoding, FrameBlock, Message, ReceivedBatch, SeriesEnd, SeriesId, SeriesStart
 from detectors.protocols.native import Decoder
-from detectors.sender import Trigger, serve
 from detectors.simplon import Refused, Simplon, decode_array, encode_array
-from detectors.simulated_dcu import SimulatedDCU
+from detectors.simulator.dcu import SimulatedDCU
+from detectors.simulator.sender import Trigger, serve
 from stream.control import ActiveScan, DetectorControl, DetectorFacts, Finished, Prepared, ScanPlan
+from stream.control.simplon import SimplonControl
 from stream.intake import Silence
 from stream.scan import ScanPattern
-from stream.simplon_control import SimplonControl
 
 PATIENCE_S = 20.0
 LOCAL = "http://127.0.0.1:0"

@@ -12,10 +12,10 @@ import pytest
 from detectors.codec import decode
 from detectors.errors import ConfigurationError, ProtocolError
 from detectors.messages import Encoding
-from detectors.misbehaviour import Misbehaviour, MisbehaviourCounts
-from detectors.simulation import SimulatedScan
-from detectors.source import EncodedSource
-from detectors.specimen import SPECIMENS, specimen_named
+from detectors.simulator.misbehaviour import Misbehaviour, MisbehaviourCounts
+from detectors.simulator.simulation import SimulatedScan
+from detectors.simulator.source import EncodedSource
+from detectors.simulator.specimen import SPECIMENS, specimen_named
 from stream.optics import AxesRelation
 
 #: Two cells of SrTiO3 a side, a disk off the centre of a detector that is not square and has oblong pixels.

@@ -15,8 +15,8 @@ import pytest
 from detectors.errors import ConfigurationError, ConnectionFailed
 from detectors.messages import Framed, ReceivedBatch, Undecodable
 from detectors.protocols.registry import protocol_named
-from detectors.tcp_wire import TcpWire
-from detectors.wire import open_wire, send
+from detectors.simulator.tcp_wire import TcpWire
+from detectors.simulator.wire import open_wire, send
 from stream.intake import Silence, messages
 from stream.receiving import Receiver, common, open_receiver, tcp_receiver
 from stream.receiving.tcp_receiver import TcpReceiver

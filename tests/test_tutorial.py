@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import stream
-from detectors.simulation import SimulatedScan
+from detectors.simulator.simulation import SimulatedScan
 from stream.spectra import spectrum_at
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

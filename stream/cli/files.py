@@ -14,7 +14,7 @@ from rich.table import Table
 
 from detectors.errors import ConfigurationError
 from detectors.protocols.registry import PROTOCOLS, protocol_named
-from detectors.sender import serve
+from detectors.simulator.sender import serve
 from stream.cli.options import Device, Threads, parse_passes, parse_positive, with_settings
 from stream.cli.progress import console, progress_bar
 from stream.config import Layer

@@ -27,11 +27,11 @@ from stream.cli.options import Device, Protocol, Threads, parse_passes, with_set
 from stream.cli.progress import console, progress_bar
 from stream.config import Layer
 from stream.control import DetectorControl
-from stream.merlin_control import MerlinControl
+from stream.control.merlin import MerlinControl
+from stream.control.simplon import SimplonControl
 from stream.record import record_stream
 from stream.session import Session
 from stream.session_options import SessionOptions
-from stream.simplon_control import SimplonControl
 from stream.snapshot import Snapshot
 
 DEFAULT_PUBLISH = "tcp://127.0.0.1:31010"

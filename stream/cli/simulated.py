@@ -17,14 +17,14 @@ import typer
 from rich.markup import escape
 
 from detectors.errors import ConfigurationError
-from detectors.merlin_device import SimulatedMerlin
 from detectors.messages import Encoding
-from detectors.misbehaviour import Misbehaviour
 from detectors.protocols.registry import PROTOCOLS, protocol_named
-from detectors.sender import SendReport, serve
-from detectors.simulated_dcu import SimulatedDCU
-from detectors.simulation import SimulatedScan
-from detectors.source import EncodedSource, FrameSource
+from detectors.simulator.dcu import SimulatedDCU
+from detectors.simulator.merlin_device import SimulatedMerlin
+from detectors.simulator.misbehaviour import Misbehaviour
+from detectors.simulator.sender import SendReport, serve
+from detectors.simulator.simulation import SimulatedScan
+from detectors.simulator.source import EncodedSource, FrameSource
 from stream.cli.live import run_session
 from stream.cli.options import parse_aberrations, parse_passes, parse_positive
 from stream.cli.progress import console, progress_bar

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from detectors.addresses import host_and_port, shown_address, why
 from detectors.errors import ConnectionFailed
-from detectors.source import Payload
+from detectors.simulator.source import Payload
 
 _HEARD_BYTES = 1 << 16
 

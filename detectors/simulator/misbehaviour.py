@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from detectors.errors import ConfigurationError
-from detectors.source import Payload
+from detectors.simulator.source import Payload
 
 #: Random numbers drawn at a time.
 _DRAWS = 4096

@@ -1,7 +1,7 @@
 """A simulated Merlin: its control port, over which the simulated detector is set, started and stopped.
 
 It answers ``GET``, ``SET`` and ``CMD`` and keeps the variables; the frames themselves go out by
-``detectors.sender.serve``, to which it is the ``trigger``:
+``detectors.simulator.sender.serve``, to which it is the ``trigger``:
 
     merlin = SimulatedMerlin(source)
     async with merlin.serving("tcp://127.0.0.1:6341"):
@@ -35,7 +35,7 @@ from detectors.protocols.merlin_control import (
     parse_request,
 )
 from detectors.protocols.merlin_framing import framing
-from detectors.source import FrameSource, Payload
+from detectors.simulator.source import FrameSource, Payload
 
 _READ_BYTES = 4096
 #: No request is longer; whoever sends more without one is let go.
@@ -116,7 +116,7 @@ class SimulatedMerlin:
         """what the sender is at; it may be a little behind"""
         self._begun: asyncio.Queue[_Acquisition] = asyncio.Queue()
 
-    # the trigger of detectors.sender.serve
+    # the trigger of detectors.simulator.sender.serve
 
     async def start_series(self) -> SeriesId | None:
         if self._sending is not None and self._sending is self._current:

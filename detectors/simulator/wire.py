@@ -7,9 +7,9 @@ from typing import Protocol
 
 from detectors.errors import ConfigurationError
 from detectors.protocols.registry import StreamProtocol
-from detectors.source import Payload
-from detectors.tcp_wire import TcpWire
-from detectors.zmq_wire import ZmqWire
+from detectors.simulator.source import Payload
+from detectors.simulator.tcp_wire import TcpWire
+from detectors.simulator.zmq_wire import ZmqWire
 
 #: The ways of sending: to one receiver that is waited for, or to whoever listens.
 PATTERNS = ("push", "pub")

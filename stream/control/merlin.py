@@ -10,7 +10,7 @@ from detectors.addresses import host_and_port, shown_address, why
 from detectors.errors import ConfigurationError, ConnectionFailed, ProtocolError
 from detectors.messages import SeriesId
 from detectors.protocols.merlin_control import BUSY, OK, PORT, TRIGGERS, Reply, Request, parse_reply, reply_framing
-from stream.control import DetectorFacts, Finished, Prepared, ScanPlan
+from stream.control.active_scan import DetectorFacts, Finished, Prepared, ScanPlan
 
 #: A reply is given so long to come [s], and so many bytes to come in.
 _REPLY_S = 5.0

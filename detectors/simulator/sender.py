@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from detectors.errors import ConfigurationError
-from detectors.grouping import Group, message_groups
 from detectors.messages import Encoding, OutgoingMessage, SeriesId, SeriesStart, StreamEncoder
-from detectors.misbehaviour import Misbehaviour, MisbehaviourCounts
 from detectors.protocols.registry import protocol_named
-from detectors.source import FrameSource
-from detectors.wire import Wire, open_wire, send
+from detectors.simulator.grouping import Group, message_groups
+from detectors.simulator.misbehaviour import Misbehaviour, MisbehaviourCounts
+from detectors.simulator.source import FrameSource
+from detectors.simulator.wire import Wire, open_wire, send
 
 #: The event loop gets its turn at least this often [s], and paced frames leave in bursts of this length.
 _TURN_S = 2e-3

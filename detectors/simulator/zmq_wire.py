@@ -12,7 +12,7 @@ import zmq.asyncio
 
 from detectors.addresses import why
 from detectors.errors import ConnectionFailed
-from detectors.source import Payload
+from detectors.simulator.source import Payload
 
 #: Smaller parts are copied into ZeroMQ's own memory: cheaper than keeping track of them.
 _COPY_BELOW_BYTES = 1 << 16

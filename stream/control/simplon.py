@@ -15,7 +15,7 @@ from detectors.errors import ConfigurationError, ConnectionFailed, LiveptychoErr
 from detectors.messages import SeriesId
 from detectors.protocols import dectris
 from detectors.simplon import Entry, Refused, Simplon
-from stream.control import DetectorFacts, Finished, Prepared, ScanPlan
+from stream.control.active_scan import DetectorFacts, Finished, Prepared, ScanPlan
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import itertools
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-from detectors.misbehaviour import Misbehaviour, MisbehaviourCounts
-from detectors.source import FrameSource, Payload
+from detectors.simulator.misbehaviour import Misbehaviour, MisbehaviourCounts
+from detectors.simulator.source import FrameSource, Payload
 
 #: One message's worth: index of the first frame, payloads of consecutive frames.
 Group = tuple[int, Sequence[Payload]]

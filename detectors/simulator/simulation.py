@@ -22,7 +22,7 @@ import scipy.fft
 
 from detectors.errors import ConfigurationError
 from detectors.messages import SeriesId, SeriesStart
-from detectors.specimen import ProjectedPhase, specimen_named
+from detectors.simulator.specimen import ProjectedPhase, specimen_named
 from stream.optics import Aberrations, AxesRelation, Probe, aberration_phase
 
 DTYPES: dict[str, np.dtype] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
@@ -134,7 +134,7 @@ class SimulatedScan:
         transfer = ssb_transfer(self.probe, self.scan_shape, self.scan_step_angstrom)
         return np.fft.irfft2(np.fft.rfft2(self.truth_phase) * transfer, s=self.scan_shape)
 
-    # --- what a sender needs, see detectors.source.FrameMaker
+    # --- what a sender needs, see detectors.simulator.source.FrameMaker
 
     @property
     def frames_per_pass(self) -> int:

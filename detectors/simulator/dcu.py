@@ -1,7 +1,7 @@
 """A simulated detector control unit: the SIMPLON interface over which the simulated detector is armed and triggered.
 
 It answers REST and keeps the detector's state (na -> idle -> ready -> acquire -> idle); the frames themselves go out by
-``detectors.sender.serve``, to which it is the ``trigger``:
+``detectors.simulator.sender.serve``, to which it is the ``trigger``:
 
     dcu = SimulatedDCU(source, protocol="dectris-v2")
     async with dcu.serving("http://127.0.0.1:8080"):
@@ -26,8 +26,8 @@ from aiohttp import web
 
 from detectors.errors import ConfigurationError, ConnectionFailed
 from detectors.messages import SeriesId, SeriesStart
-from detectors.simulated_dcu_keys import READOUT_S, VERSION, Key, dcu_keys
-from detectors.source import FrameSource, Payload
+from detectors.simulator.dcu_keys import READOUT_S, VERSION, Key, dcu_keys
+from detectors.simulator.source import FrameSource, Payload
 
 _FORMATS = {"dectris-v1": "legacy", "dectris-v2": "cbor"}
 _EXTERNAL = ("exts", "exte")
@@ -90,7 +90,7 @@ class SimulatedDCU:
         module, _, name = key.partition("/")
         return self._config[module][name].value
 
-    # the trigger of detectors.sender.serve
+    # the trigger of detectors.simulator.sender.serve
 
     async def start_series(self) -> SeriesId | None:
         if self._served is not None:

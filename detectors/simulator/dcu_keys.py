@@ -11,7 +11,7 @@ import numpy as np
 from detectors.errors import ConfigurationError
 from detectors.messages import Encoding
 from detectors.simplon import encode_array
-from detectors.source import FrameSource
+from detectors.simulator.source import FrameSource
 
 VERSION = "1.8.0"
 
