@@ -11,7 +11,7 @@ import numpy as np
 
 from detectors import codec
 from detectors.messages import Encoding, SeriesStart
-from detectors.protocols.native import Encoder as NativeEncoder
+from detectors.protocols.registry import protocol_named
 from stream.engine import Setup
 from stream.geometry import DetectorGeometry
 from stream.kernels import METHODS
@@ -90,11 +90,18 @@ def start(scan_shape: tuple[int, int], dtype: str, passes: int | None = 1) -> Se
     return SeriesStart(1, DETECTOR_SHAPE, np.dtype(dtype).newbyteorder("<"), scan_shape, count, settings)
 
 
-def stream_messages(frame_count: int, dtype: str, encoding: Encoding, per_message: int) -> list[list[Any]]:
-    """The frame messages of a series, packed: ``frame_count`` frames, ``per_message`` in each."""
+def stream_messages(
+    frame_count: int, dtype: str, encoding: Encoding, per_message: int, protocol: str = "native"
+) -> list[list[Any]]:
+    """The frame messages of a series, packed: ``frame_count`` frames, ``per_message`` in each where that can be."""
     pool = [codec.encode(frame, encoding) for frame in frames(min(_POOL, frame_count), dtype)]
-    encoder = NativeEncoder()
-    out = []
+    encoder = protocol_named(protocol).encoder()
+    encoder.start(start((1, frame_count), dtype))
+    out: list[list[Any]] = []
+    if protocol != "native":
+        for first in range(0, frame_count, len(pool)):
+            out += map(list, encoder.frames(1, first, pool[: frame_count - first], encoding))
+        return out
     joined: dict[int, Any] = {}
     for first in range(0, frame_count, per_message):
         count = min(per_message, frame_count - first)

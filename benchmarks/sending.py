@@ -13,7 +13,7 @@ import zmq
 
 from benchmarks.data import start, stream_messages
 from detectors.messages import Encoding
-from detectors.protocols.native import Encoder as NativeEncoder
+from detectors.protocols.registry import protocol_named
 
 #: A paced sender looks at the clock once in so many seconds.
 _BURST_S = 1e-3
@@ -24,13 +24,20 @@ _Messages = list[list[Any]]
 class Sender:
     """Use as a context manager. ``begin`` sends the start message, ``go`` the frames; ``done`` tells when they left."""
 
-    def __init__(self, scan_shape: tuple[int, int], dtype: str, encoding: Encoding, per_message: int = 1) -> None:
+    def __init__(
+        self,
+        scan_shape: tuple[int, int],
+        dtype: str,
+        encoding: Encoding,
+        per_message: int = 1,
+        protocol: str = "native",
+    ) -> None:
         self.rows, self.columns = scan_shape
         self.frames = scan_shape[0] * scan_shape[1]
         self.messages = -(-self.frames // per_message)
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        args = (other, scan_shape, dtype, encoding, per_message)
+        args = (other, scan_shape, dtype, encoding, per_message, protocol)
         self._process = context.Process(target=_serve, args=args, daemon=True)
 
     def __enter__(self) -> Sender:
@@ -62,10 +69,12 @@ class Sender:
         return self._pipe.recv()
 
 
-def _serve(pipe: Connection, scan_shape: tuple[int, int], dtype: str, encoding: Encoding, per_message: int) -> None:
+def _serve(
+    pipe: Connection, scan_shape: tuple[int, int], dtype: str, encoding: Encoding, per_message: int, protocol: str
+) -> None:
     frame_count = scan_shape[0] * scan_shape[1]
-    messages = stream_messages(frame_count, dtype, encoding, per_message)
-    encoder = NativeEncoder()
+    messages = stream_messages(frame_count, dtype, encoding, per_message, protocol)
+    encoder = protocol_named(protocol).encoder()
     context = zmq.Context()
     socket = None
     pipe.send("ready")
@@ -99,19 +108,20 @@ def _send(socket: zmq.Socket, messages: _Messages, per_message: int, rate: float
     send = socket.send
     ends = []
     began, burst = time.perf_counter(), 0
-    for number, (header, payload) in enumerate(messages):
+    for number, parts in enumerate(messages):
         if rate is not None and number >= burst:
             while (burst := int((time.perf_counter() - began) * rate / per_message) + 1) <= number:
                 time.sleep(_BURST_S)
-        send(header, zmq.SNDMORE)
-        send(payload, copy=len(payload) < 1 << 16)
+        for part in parts[:-1]:
+            send(part, zmq.SNDMORE)
+        send(parts[-1], copy=len(parts[-1]) < 1 << 16)
         if row and (number + 1) * per_message % row < per_message:
             ends.append(time.time())
     return ends
 
 
 def _renumbered(messages: _Messages, first: int) -> _Messages:
-    """The same messages, for a later pass."""
+    """The same messages of the native protocol, for a later pass."""
     out = []
     for header, payload in messages:
         values = msgpack.unpackb(header)

@@ -23,7 +23,7 @@ from detectors.messages import FrameBlock, SeriesStart
 from stream.array import Device, host_free_bytes
 from stream.calibration import Survey, find_bf_disk
 from stream.channels import choose_channel
-from stream.config import Layer
+from stream.config import Layer, Settings
 from stream.engine import Engine
 from stream.kernels import method_named
 from stream.parameters import MeasuredDisk, Parameters, Resolution, good_pixels
@@ -307,6 +307,7 @@ class Reconstruction:
             engine.counters,
             self.source,
             max(1, engine.passes_done),
+            {key: value for key, value in self.start.settings.items() if key not in Settings.model_fields},
         )
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Result:
     counters: Counters
     source: str
     passes: int
+    detector: Mapping[str, Any] = field(default_factory=dict)
+    """what the stream or file told of its detector: name, firmware, exposure, thresholds, ..."""
 
     @property
     def phase(self) -> np.ndarray:
@@ -134,6 +136,7 @@ class Result:
         out["mean_frames_per_position"] = float(self.passes) if self.setup.averaging else 1.0
         out["passes"] = self.passes
         out.update({f"frames_{name}": count for name, count in self.counters.as_dict().items()})
+        out["detector"] = json.dumps(dict(self.detector), default=str)
         out["sources"] = json.dumps(dict(self.parameters.sources))
         out["configuration"] = self.parameters.as_toml()
         return out

@@ -227,10 +227,12 @@ class Session:
                 await asyncio.wait([following, stopped], return_when=asyncio.FIRST_COMPLETED)
                 if not following.done():
                     break
-                if await self._take(following.result()) and not self.options.follow:
+                if await self._take(following.result()):
                     await self._leave_detector()
-                    return
-            await self._leave_detector()
+                    if not self.options.follow:
+                        return
+            if self._scan is not None or acquisition.active:
+                await self._leave_detector()
         finally:
             # Left pending, it would keep the generator running, which then could not be closed.
             waiting = [task for task in (stopped, following) if task is not None]

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import h5py
 import lz4.block
 import msgpack
 import numpy as np
@@ -123,16 +124,17 @@ def v1_frames(messages: Sequence[Sequence[bytes]]) -> list[np.ndarray]:
 
 def bslz4(blob: bytes, size: int, itemsize: int) -> bytes:
     """PROTOCOLS.md 1.4 in numpy; the first 12 bytes, which libertem-live's simulator leaves empty, are not needed."""
-    at, out = 12, b""
+    at, done, out = 12, 0, []
     block = int.from_bytes(blob[8:12], "big") or 8192
     whole = size - size % (8 * itemsize)
-    while len(out) < whole:
+    while done < whole:
+        wanted = min(block, whole - done)
         length = int.from_bytes(blob[at : at + 4], "big")
-        raw = lz4.block.decompress(blob[at + 4 : at + 4 + length], uncompressed_size=min(block, whole - len(out)))
-        at += 4 + length
+        raw = lz4.block.decompress(blob[at + 4 : at + 4 + length], uncompressed_size=wanted)
+        at, done = at + 4 + length, done + wanted
         bits = np.unpackbits(np.frombuffer(raw, np.uint8).reshape(8 * itemsize, -1), axis=1, bitorder="little")
-        out += np.packbits(bits.T, axis=1, bitorder="little").tobytes()
-    return out + blob[at:]
+        out.append(np.packbits(bits.T, axis=1, bitorder="little").tobytes())
+    return b"".join([*out, blob[at:]])
 
 
 @pytest.mark.timeout(180)
@@ -150,6 +152,9 @@ async def test_recorded_stream_v1(source: Any, scan: Any, centre: tuple[float, f
     assert frames
     result = await through_live(messages, "dectris-v1", scan or (1, len(frames)), centre, tmp_path / "scan.h5")
     assert_frames(result, tmp_path / "scan.h5", frames)
+    result.save(tmp_path / "result.h5")
+    with h5py.File(tmp_path / "result.h5") as file:  # which detector it was stays with the image
+        assert json.loads(file.attrs["detector"])["detector"] == result.detector["detector"] != ""
 
 
 @pytest.mark.timeout(180)
