@@ -81,6 +81,13 @@ class ReceivedBatch:
 
 
 @dataclass(frozen=True)
+class Announced:
+    """A series was announced; its ``SeriesStart`` follows with its first frame, which tells what is still unknown."""
+
+    series: SeriesId
+
+
+@dataclass(frozen=True)
 class SeriesStart:
     """A series begins. What a sender does not know is None.
 
@@ -185,14 +192,31 @@ class Undecodable:
     frames: int = 1
 
 
-Message = SeriesStart | FrameBlock | SeriesEnd | Undecodable
+Message = Announced | SeriesStart | FrameBlock | SeriesEnd | Undecodable
 
 
 class StreamDecoder(Protocol):
     """Bytes in, messages out. One instance follows one stream; it may remember earlier parts, but owns no socket."""
 
     def feed(self, batch: ReceivedBatch) -> list[Message]:
-        """Translate a batch, in order of arrival. Never raises on malformed input: that is an ``Undecodable``."""
+        """Translate a batch, in order of arrival, into what is complete with it.
+
+        **Starts.** Where what announces a series tells shape and dtype of its frames, ``SeriesStart`` comes at once.
+        Where it does not, ``Announced`` comes at once, and ``SeriesStart`` before the first ``FrameBlock`` (or before
+        the end, if there were no frames and enough is known; else ``SeriesEnd`` comes alone).
+
+        **Repeats.** A header that comes again while its series goes on is no second ``Announced``; if it leads to
+        another ``SeriesStart``, that has the same ``series`` and ``header``, by which it is known.
+
+        **Missed headers.** Whoever joins in the middle gets ``FrameBlock``s without a ``SeriesStart``, or with one that
+        the frames alone have told: no announcement comes before it.
+
+        **Damage.** Malformed input never raises: it is an ``Undecodable``, and the messages behind it are read.
+
+        **Memory.** A decoder may keep state from batch to batch, of bounded size, as copies. Once the messages have
+        been handled, at the latest with the next ``feed``, the batch's slab is filled anew: of what is returned, only
+        ``FrameBlock.slab`` may point into it, and whoever keeps a block for longer has to ``compact`` it.
+        """
         ...
 
 

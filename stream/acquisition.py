@@ -6,6 +6,7 @@ Owns no socket and no task. ``Session`` feeds it, looks at its state, and lets r
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -13,9 +14,10 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 from detectors.errors import ConnectionFailed, DataFileError, LiveptychoError
-from detectors.messages import FrameBlock, Message, SeriesEnd, SeriesId, SeriesStart, Undecodable
+from detectors.messages import Announced, FrameBlock, Message, SeriesEnd, SeriesId, SeriesStart, Undecodable
 from stream.array import choose_device
 from stream.control import DetectorFacts
 from stream.intake import Orphans, Silence
@@ -23,7 +25,7 @@ from stream.neighbours import GapPattern
 from stream.reconstruction import Reconstruction
 from stream.recording import Recorder
 from stream.result import Result
-from stream.session_options import SessionOptions, numbered
+from stream.session_options import SessionOptions, aside, numbered, unused_number
 from stream.threads import in_threads
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,9 @@ class Acquisition:
         """rows may have been closed, and wait to be let into the image"""
         self.rate = Rate()
         self.result: Result | None = None
+        self.saved: Path | None = None
+        self.recorded: Path | None = None
+        """the files of the last series"""
         self.incomplete = ""
         self._device = choose_device(options.device)
         self._recorder: Recorder | None = None
@@ -59,7 +64,9 @@ class Acquisition:
         self._refused: SeriesStart | None = None
         self._recording_only: LiveptychoError | None = None
         self._dropped = 0
-        self._series_count = 0
+        self._series_count = self._aside = 0
+        self._announced: SeriesId | None = None
+        self._had_enough_of: SeriesStart | None = None
         self._ending = False
         self.facts = DetectorFacts()
         """what the detector says of itself beside its stream"""
@@ -91,6 +98,8 @@ class Acquisition:
             return await self._start(item)
         if isinstance(item, SeriesEnd):
             return await self._end(item)
+        if isinstance(item, Announced):
+            self._announced = item.series
         if isinstance(item, Undecodable):
             logger.info("undecodable: %s", item.reason)
             self.changed = True
@@ -100,7 +109,7 @@ class Acquisition:
             else:
                 self._unread.append((item.frames, item.reason))
             if self._recorder is not None:
-                self._recorder.undecodable(1)
+                self._recorder.undecodable(item.frames)
         return False
 
     def drop(self, item: Message | Silence) -> None:
@@ -111,23 +120,22 @@ class Acquisition:
         start = self.facts.added_to(start)
         # Publishers repeat their start for those who come late; one that was refused is refused until it differs.
         # Both series and header: a detector may begin two series with the very same bytes, or with none.
-        known = [self.run.start if self.active and self.run is not None else None, self._refused]
+        known = [self.run.start if self.active and self.run is not None else None, self._refused, self._had_enough_of]
         if any(old is not None and (old.series, old.header) == (start.series, start.header) for old in known):
             return False
         if self._recording_only is not None:
             await self._end_recording(None)
         if self.active:
-            # An aborted series, or the rest of an old one: the newest is the one that is wanted.
-            await self.finish(f"series {start.series} began before its end")
+            await self._set_aside(start)
         self.close()
         self._series_count += 1
-        self._refused, self._ending = None, False
+        self._refused, self._had_enough_of, self._ending = None, None, False
         self._gaps = GapPattern()
         options = self.options
         try:
             if options.record is not None:
-                path = numbered(options.record, self._series_count)
-                make = partial(Recorder, path, start, options.protocol, version("liveptycho"))
+                self.recorded = self._free_name(options.record)
+                make = partial(Recorder, self.recorded, start, options.protocol, version("liveptycho"))
                 (self._recorder,) = await in_threads(make)
             (self.run,) = await in_threads(
                 partial(
@@ -154,6 +162,28 @@ class Acquisition:
             if await self._frames(block):
                 return True
         return False
+
+    async def _set_aside(self, newer: SeriesStart) -> None:
+        """An aborted series, or the rest of an old one: the newest is wanted, and gets the files' names."""
+        options, recorded = self.options, self.recorded
+        if not options.follow:
+            self._aside = unused_number(options.record, options.output)
+        try:
+            await self.finish(f"series {newer.series} began before its end")
+        except LiveptychoError as error:  # too little came to make an image of
+            logger.warning("%s", error)
+        if not options.follow:
+            if recorded is not None:
+                await in_threads(partial(recorded.rename, aside(recorded, self._aside)))
+                logger.warning("what was recorded of it is in %s", aside(recorded, self._aside))
+            self._aside, self._series_count, self.result = 0, self._series_count - 1, None
+
+    def _free_name(self, path: Path) -> Path:
+        """Where this series is recorded. What an earlier session left does not cost the second series of this one."""
+        later = itertools.count(self._series_count)
+        if self._series_count == 1:
+            return path
+        return next(name for number in later if not (name := numbered(path, number)).exists())
 
     def _give_up(self, error: LiveptychoError, start: SeriesStart | None = None) -> bool:
         """This series cannot be reconstructed: the session's end, unless it waits for others."""
@@ -206,6 +236,7 @@ class Acquisition:
             if refused or (run is not None and block.series == run.start.series):
                 self._dropped += len(block)
             else:
+                self._gaps.take(block.indices)
                 self._orphans.keep(block)
                 self.message = f"frames of series {block.series} arrive, but its start message did not come (yet)"
             self.changed = True
@@ -240,6 +271,7 @@ class Acquisition:
         self._ending = self._ending or done
         if run.engine.beyond > (0 if done else scan.shape[1]):
             await self.finish("")
+            self._had_enough_of = run.start  # it goes on, and a publisher repeats its start
             return True
         return False
 
@@ -271,14 +303,18 @@ class Acquisition:
 
     def _nobody_there(self, seconds: float) -> str:
         where = ", ".join(self.options.addresses)
+        if self._announced is not None:
+            return f"series {self._announced} was announced, and its first frame did not come within {seconds:.0f} s"
         if (series := self._orphans.series) is not None:
-            return (
-                f"frames of series {series} came from {where}, but no start message within {seconds:.0f} s: start "
-                "liveptycho before the detector is armed"
+            return f"frames of series {series} came from {where}, but no start message within {seconds:.0f} s: " + (
+                self._gaps.sentence or "start liveptycho before the detector is armed"
             )
+        closer = f"`liveptycho check {where} --protocol {self.options.protocol}` looks closer"
+        if self._unread:
+            return f"nothing that came from {where} could be read: {self._unread[-1][1]}; {closer}"
         return (
             f"nothing came from {where} within {seconds:.0f} s: is the detector's stream switched on, armed, and the "
-            f"address right? `liveptycho check {where}` looks closer"
+            f"address right? {closer}"
         )
 
     async def _end(self, end: SeriesEnd) -> bool:
@@ -286,12 +322,13 @@ class Acquisition:
         if self._only_records(end.series):
             return await self._end_recording(end)
         if not self.active or run is None or end.series != run.start.series:
+            self._orphans.forget(end.series)
             return False
         if self._recorder is not None:
             await in_threads(partial(self._recorder.end, end))
         expected = run.start.frames
-        if len(self.options.addresses) > 1 and (expected is None or run.counters.received < expected):
-            self._ending = True  # the other sockets may still hold frames
+        if len(self.options.addresses) > 1 if expected is None else run.counters.received < expected:
+            self._ending = True  # the other sockets may still hold frames, or some are late
             return False
         await self.finish("")
         return True
@@ -317,8 +354,8 @@ class Acquisition:
             self.incomplete = incomplete = incomplete or "it ended before any frame came"
         lost = f"{counters.missing} frames missing" if counters.missing else "complete"
         told = incomplete or f"series {run.start.series}: {lost}"
-        if counters.missing and self._gaps.sentence:
-            told = f"{told}; {self._gaps.sentence}"
+        if counters.missing:
+            told = f"{told}; {self._gaps.sentence}" if self._gaps.sentence else told
             self.incomplete = told
         self.set_state(state, told)
 
@@ -334,7 +371,9 @@ class Acquisition:
     async def save(self) -> None:
         """Write the result where the options say, if they do. Raises ``DataFileError``."""
         if self.result is not None and self.options.output is not None:
-            await in_threads(partial(self.result.save, numbered(self.options.output, self._series_count)))
+            output = self.options.output
+            self.saved = aside(output, self._aside) if self._aside else numbered(output, self._series_count)
+            await in_threads(partial(self.result.save, self.saved))
 
     def _close_recorder(self) -> None:
         if self._recorder is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from detectors import codec
 from detectors.addresses import host_and_port
 from detectors.errors import LiveptychoError, ProtocolError
-from detectors.messages import FrameBlock, SeriesEnd, SeriesStart, Undecodable
+from detectors.messages import Announced, FrameBlock, SeriesEnd, SeriesId, SeriesStart, Undecodable
 from detectors.protocols.registry import StreamProtocol, protocol_named
 from stream.config import Layer
 from stream.intake import Silence, messages
@@ -133,6 +133,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.starts: list[SeriesStart] = []
+        self.announced: SeriesId | None = None
         self.frames = self.blocks = self.ends = self.unreadable = 0
         self.reason = ""
         self.lowest = self.highest = -1
@@ -153,6 +154,8 @@ class _Seen:
             self.lowest = int(item.indices.min()) if self.lowest < 0 else min(self.lowest, int(item.indices.min()))
         elif isinstance(item, SeriesEnd):
             self.ends += 1
+        elif isinstance(item, Announced):
+            self.announced = item.series
         elif isinstance(item, Undecodable):
             self.unreadable += max(1, item.frames)
             self.reason = item.reason
@@ -206,6 +209,8 @@ class _Seen:
         return out
 
     def _start(self) -> Finding:
+        if not self.starts and self.announced is not None:
+            return Finding("start", "OK", f"series {self.announced} was announced, and waits for its first frame")
         if not self.starts:
             return Finding("start", "TIMEOUT", "no start message: listen before the detector is armed")
         start = self.starts[-1]

@@ -97,6 +97,12 @@ class Orphans:
             self._bytes -= _held_bytes(oldest)
             self.lost += len(oldest)
 
+    def forget(self, series: SeriesId) -> None:
+        """Let go of what is kept of a series that is over: it must not go into the next one of the same number."""
+        kept = [block for block in self._blocks if block.series != series]
+        self.lost += sum(map(len, self._blocks)) - sum(map(len, kept))
+        self._blocks, self._bytes = kept, sum(map(_held_bytes, kept))
+
     def claim(self, start: SeriesStart) -> list[FrameBlock]:
         """The kept blocks of a series that has started now; those of others are let go."""
         mine = [block for block in self._blocks if block.series == start.series]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 _MAX_REQUEST_BYTES = 1 << 20
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+#: ZeroMQ's own thread has so long to take the last snapshot before the sockets are closed [s].
+_LAST_SNAPSHOT_S = 0.1
 
 
 class Publisher:
@@ -68,6 +72,8 @@ class Publisher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # The mark that ends a conflating connection replaces what was not fetched yet: the last snapshot goes first.
+        await asyncio.sleep(_LAST_SNAPSHOT_S)
         self._context.destroy()
 
     async def send(self, part: bytes) -> None:

@@ -198,10 +198,10 @@ class Reconstruction:
                     continue  # the engine will count it
         known = self._resolution.known
         if survey.frames == 0:
-            raise ConfigurationError(
-                "the bright-field disk could not be looked for, since no sound frame came; give bf_centre_px "
-                "and bf_radius_px"
-            )
+            if not self.counters.received:
+                raise ConfigurationError("the series ended before any frame came")
+            last = f"; the last one: {self._unread[-1][1]}" if self._unread else ""
+            raise ConfigurationError(f"no sound frame came, {self.counters.received} could not be read{last}")
         disk = survey.find(centre_px=known.get("bf_centre_px"), radius_px=known.get("bf_radius_px"))
         count = int(disk.bad_pixels.sum())
         if count:
@@ -253,6 +253,12 @@ class Reconstruction:
         """The series is over: everything that came is in the result now. Raises like :meth:`prepare`."""
         engine = self.prepare()
         engine.finish(self.start.frames)
+        counters = engine.counters
+        if engine.setup.scan.rows_by_time and counters.outside > counters.received // 2:
+            self._note(
+                "most frames came without a pause in the time stamps that could begin a row: is the detector running "
+                "free, with a pause for the flyback? Else leave row_starts at index"
+            )
         self._warn_of_bad_pixels(engine)
 
     def _warn_of_bad_pixels(self, engine: Engine) -> None:

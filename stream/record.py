@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,13 @@ from detectors.errors import ConnectionFailed, DataFileError
 from detectors.messages import FrameBlock, SeriesEnd, SeriesStart, Undecodable
 from detectors.protocols.registry import protocol_named
 from stream.intake import Orphans, Silence, messages
+from stream.neighbours import GapPattern
 from stream.receiving import open_receiver
 from stream.recording import Recorder
+from stream.session_options import aside, make_folder, unused_number
 from stream.threads import in_threads
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,18 @@ async def record_stream(
 ) -> Recorded:
     """Record one series from ``addresses`` into ``path`` (which must not exist), from its start to its end message.
 
+    A series that is cut off by the start of another one is kept beside it, as ``NAME-aborted-1``.
+
     ``progress`` is called with (frames so far, frames announced or None); ``ready`` with the endpoints in use.
     ``timeout_s``: see ``SessionOptions``. When the disk is slower than the stream, the sender is slowed down: nothing
     is dropped. Raises ``ConnectionFailed`` when nobody sends, ``DataFileError`` when the file cannot be written.
     """
     if path.exists():  # noqa: ASYNC240 - once, before anything waits for this loop
         raise DataFileError(f"{path} exists already; recordings are never overwritten: choose another name or move it")
+    make_folder(path)
     recorder: Recorder | None = None
     start: SeriesStart | None = None
-    orphans = Orphans()
+    orphans, gaps, strange = Orphans(), GapPattern(), ""
     spoken = protocol_named(protocol)
     async with open_receiver(spoken, addresses, bind=bind, pattern=pattern) as receiver:
         if ready is not None:
@@ -58,22 +66,31 @@ async def record_stream(
         stream = messages(receiver, spoken)
         try:
             async for item in stream:
-                if isinstance(item, SeriesStart) and recorder is None:
-                    start = item
+                if isinstance(item, SeriesStart):
+                    if start is not None and (item.series, item.header) == (start.series, start.header):
+                        continue  # publishers repeat it
+                    if recorder is not None:
+                        # An aborted series, or the rest of an old one: the newest is the one that is wanted.
+                        recorder.close()
+                        await in_threads(partial(_set_aside, path, recorder, item))
+                    start, gaps = item, GapPattern()
                     recorder = Recorder(path, start, protocol, version("liveptycho"))
                     for block in orphans.claim(start):
                         await in_threads(partial(recorder.write, block))
-                elif isinstance(item, SeriesStart) and start is not None and item.series != start.series:
-                    return Recorded(recorder.frames if recorder else 0, f"series {item.series} began before its end")
                 elif isinstance(item, FrameBlock):
+                    gaps.take(item.indices)
                     if recorder is None or start is None or item.series != start.series:
                         orphans.keep(item)
                         continue
                     await in_threads(partial(recorder.write, item))
                     if progress is not None:
                         progress(recorder.frames, start.frames)
+                elif isinstance(item, Undecodable) and recorder is None:
+                    strange = item.reason
                 elif isinstance(item, Undecodable) and recorder is not None:
-                    recorder.undecodable(1)
+                    recorder.undecodable(item.frames)
+                elif isinstance(item, SeriesEnd) and recorder is None:
+                    orphans.forget(item.series)
                 elif (
                     isinstance(item, SeriesEnd)
                     and recorder is not None
@@ -81,18 +98,42 @@ async def record_stream(
                     and item.series == start.series
                 ):
                     await in_threads(partial(recorder.end, item))
-                    missing = 0 if start.frames is None else start.frames - recorder.frames
-                    return Recorded(
-                        recorder.frames, f"{missing} of {start.frames} frames did not come" if missing > 0 else ""
-                    )
+                    return Recorded(recorder.frames, _missing(start, recorder.frames, gaps))
                 elif isinstance(item, Silence):
                     limit = timeout_s if timeout_s is not None or recorder is None else SERIES_TIMEOUT_S
                     if limit is not None and item.seconds >= limit:
-                        if recorder is None:
-                            raise ConnectionFailed(f"nothing came from {', '.join(addresses)} within {limit:g} s")
-                        return Recorded(recorder.frames, f"nothing came for {limit:g} s, and no end message")
+                        if recorder is None or start is None:
+                            raise ConnectionFailed(
+                                f"{'no series' if gaps.sentence or strange else 'nothing'} came from "
+                                f"{', '.join(addresses)} within {limit:g} s"
+                                + (f"; {gaps.sentence}" if gaps.sentence else "")
+                                + (f"; what came could not be read: {strange}" if strange else "")
+                            )
+                        told = f"nothing came for {limit:g} s, and no end message"
+                        lacking = _missing(start, recorder.frames, gaps)
+                        return Recorded(recorder.frames, f"{told}; {lacking}" if lacking else told)
         finally:
             await stream.aclose()
             if recorder is not None:
                 recorder.close()
     raise AssertionError("the stream of messages does not end by itself")
+
+
+def _missing(start: SeriesStart, frames: int, gaps: GapPattern) -> str:
+    """What did not come, in words; empty when everything did."""
+    if start.frames is None or frames >= start.frames:
+        return ""
+    told = f"{start.frames - frames} of {start.frames} frames did not come"
+    return f"{told}; {gaps.sentence}" if gaps.sentence else told
+
+
+def _set_aside(path: Path, recorder: Recorder, newer: SeriesStart) -> None:
+    kept = aside(path, unused_number(path))
+    path.rename(kept)
+    logger.warning(
+        "series %s began before the end of series %s, of which %d frames are in %s",
+        newer.series,
+        recorder.start.series,
+        recorder.frames,
+        kept,
+    )

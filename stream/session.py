@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -47,6 +48,8 @@ _SNAPSHOT_SHARE = 0.25
 _SLOWEST_S = 1.0
 #: Leaving a session waits at most so long for its series to be finished and saved [s].
 _FINISH_S = 60.0
+#: A detector that is to be armed has so long to take the connection to its stream [s].
+_CONNECTION_S = 15.0
 
 
 class Session:
@@ -133,6 +136,8 @@ class Session:
         self._scan = ActiveScan(control, plan)
         for note in (await self._scan.prepare()).notes:
             logger.warning("%s", note)
+        # As it is set now: header_detail decides whether the stream brings the mask.
+        acquisition.facts = await control.describe()
 
     def stop(self) -> None:
         """End the session; what has come so far is finished and saved."""
@@ -165,6 +170,16 @@ class Session:
     def result(self) -> Result | None:
         """The result of the series that finished last."""
         return self._acquisition.result
+
+    @property
+    def saved(self) -> Path | None:
+        """Where the last series' result was written."""
+        return self._acquisition.saved
+
+    @property
+    def recorded(self) -> Path | None:
+        """Where the last series was recorded."""
+        return self._acquisition.recorded
 
     @property
     def incomplete(self) -> str:
@@ -231,7 +246,9 @@ class Session:
                     await self._leave_detector()
                     if not self.options.follow:
                         return
-            if self._scan is not None or acquisition.active:
+            scanning = acquisition.active
+            await acquisition.stop()  # first of all, what came is saved
+            if self._scan is not None or scanning:
                 await self._leave_detector()
         finally:
             # Left pending, it would keep the generator running, which then could not be closed.
@@ -243,12 +260,17 @@ class Session:
             if self._scan is not None:
                 # After an error, or when this task is cancelled: the detector must not stay armed.
                 await asyncio.shield(self._scan.end(at_once=True))
-        await acquisition.stop()
 
     async def _take(self, item: Message | Silence) -> bool:
         """Take one message; True when a series has ended with it."""
         acquisition, scan = self._acquisition, self._scan
         if scan is not None:
+            if not scan.begun and isinstance(item, Silence) and (trouble := self._receiver.link):
+                # Armed without a connection, the detector would throw the header away.
+                acquisition.message = trouble
+                if item.seconds > _CONNECTION_S:
+                    raise ConnectionFailed(f"the detector is not armed without its stream: {trouble}")
+                return False
             if not await scan.admits(item):
                 acquisition.drop(item)
                 return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,25 @@ def numbered(path: Path, count: int) -> Path:
     return path if count <= 1 else path.with_name(f"{path.stem}-{count}{path.suffix}")
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder of a recording, before a series begins. Raises ``DataFileError`` when that cannot be."""
+    require_writable(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataFileError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+
+
+def aside(path: Path, number: int) -> Path:
+    """Where the files of an aborted series go, when another one takes its place."""
+    return path.with_name(f"{path.stem}-aborted-{number}{path.suffix}")
+
+
+def unused_number(*paths: Path | None) -> int:
+    """The first number for ``aside`` that none of these files is using."""
+    return next(n for n in itertools.count(1) if not any(path and aside(path, n).exists() for path in paths))
+
+
 def check_trigger(options: SessionOptions) -> None:
     """Raise ``ConfigurationError`` for settings of an armed scan that do not go together."""
     if options.trigger is None and (options.count_time_s, options.frame_time_s) != (None, None):
@@ -76,6 +96,7 @@ def check_files(options: SessionOptions) -> None:
         raise DataFileError(
             f"{record} exists already; recordings are never overwritten: choose another name or move it"
         )
-    for path in (record, output):
-        if path is not None:
-            require_writable(path)
+    if output is not None:
+        require_writable(output)
+    if record is not None:
+        make_folder(record)

@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 
 from detectors import codec
 from detectors.errors import ConfigurationError
-from detectors.messages import Encoding, FrameBlock, Message, ReceivedBatch, SeriesEnd, SeriesStart, Undecodable
+from detectors.messages import (
+    Announced,
+    Encoding,
+    FrameBlock,
+    Message,
+    ReceivedBatch,
+    SeriesEnd,
+    SeriesStart,
+    Undecodable,
+)
 from detectors.protocols import dectris_v1
 from detectors.protocols.dectris_v1 import Decoder, Encoder, looks_like
 from tests.live_helpers import batch, packed, payloads_of
@@ -120,6 +129,11 @@ def feed(*messages: Sequence[bytes]) -> list[Message]:
     return Decoder().feed(batch(*messages))
 
 
+def heard(*messages: Sequence[bytes]) -> list[Message]:
+    """The same without what only announces a series."""
+    return [message for message in feed(*messages) if not isinstance(message, Announced)]
+
+
 def story(messages: Iterable[Message]) -> list[Any]:
     """What the messages say, however the frames were gathered into blocks."""
     out: list[Any] = []
@@ -139,14 +153,17 @@ def story(messages: Iterable[Message]) -> list[Any]:
 
 
 def kinds(messages: Iterable[Message]) -> list[Any]:
-    """The same in short: "start", frame numbers, "end", and -n for an undecodable message of n frames."""
+    """The same in short: "start", frame numbers, "end", and -n for an undecodable message of n frames.
+
+    Without announcements, which are tested on their own.
+    """
     out: list[Any] = []
     for message in messages:
         if isinstance(message, FrameBlock):
             out += message.indices.tolist()
         elif isinstance(message, Undecodable):
             out.append(f"{-message.frames}" if message.frames else "0 lost")
-        else:
+        elif not isinstance(message, Announced):
             out.append("start" if isinstance(message, SeriesStart) else "end")
     return out
 
@@ -191,10 +208,11 @@ def test_a_real_detector(shared_data: Path) -> None:
     assert [len(message) for message in messages] == ([8] + [4] * 10 + [1]) * 2
     received = batch(*messages)
     decoded = Decoder().feed(received)
-    assert [type(message) for message in decoded] == [SeriesStart, FrameBlock, SeriesEnd] * 2
-    for number, ours, sent in ((0, decoded[:3], messages[:12]), (1, decoded[3:], messages[12:])):
-        start, block, last = ours
+    assert [type(message) for message in decoded] == [Announced, SeriesStart, FrameBlock, SeriesEnd] * 2
+    for number, ours, sent in ((0, decoded[:4], messages[:12]), (1, decoded[4:], messages[12:])):
+        announced, start, block, last = ours
         assert isinstance(start, SeriesStart)
+        assert announced == Announced(start.series)
         assert isinstance(block, FrameBlock)
         assert isinstance(last, SeriesEnd)
         series = json.loads(sent[0][0])["series"]
@@ -220,7 +238,7 @@ def test_a_real_detector(shared_data: Path) -> None:
 def test_the_start_and_first_image_of_tickit_in_one_message(shared_data: Path) -> None:
     messages = capture(shared_data / "streams/tickit_legacy_basic.msgpack")
     assert [len(message) for message in messages] == [6, 4, 1]
-    decoded = feed(*messages)
+    decoded = heard(*messages)
     start, block, last = decoded
     assert isinstance(start, SeriesStart)
     assert isinstance(block, FrameBlock)
@@ -371,7 +389,7 @@ def test_shape_is_width_and_height() -> None:
 
 def test_pixels_are_not_copied() -> None:
     received = batch(header(), *(image(i) for i in range(3)))
-    _, block = Decoder().feed(received)
+    *_, block = Decoder().feed(received)
     assert isinstance(block, FrameBlock)
     assert block.slab is received.slab
     assert len(block) == 3
@@ -381,7 +399,7 @@ def test_an_image_in_two_batches_outlives_the_slab_of_the_first() -> None:
     first, second = batch(header(), image(0), image(1)[:3]), batch(image(1)[3:], image(2))
     writable = replace(first, slab=first.slab.copy())
     decoder = Decoder()
-    _, block = decoder.feed(writable)
+    *_, block = decoder.feed(writable)
     assert payloads_of([block]) == [(0, PIXELS.tobytes())]
     writable.slab[:] = 0  # the receiver uses it again
     kept, direct = decoder.feed(second)
@@ -519,16 +537,36 @@ def test_an_aborted_series_is_followed_by_another() -> None:
 
 
 def test_stale_frames_between_header_and_images() -> None:
-    messages = feed(header(2), image(7, 1), image(8, 1), end(1), image(0, 2))
+    messages = heard(header(2), image(7, 1), image(8, 1), end(1), image(0, 2))
     assert kinds(messages) == [7, 8, "end", "start", 0]
     assert [message.series for message in messages if not isinstance(message, Undecodable)] == [1, 1, 2, 2]
 
 
 def test_a_header_that_comes_again_says_the_same() -> None:
     """Publishers repeat it; the receiver tells by ``header`` that the series goes on."""
-    starts = [m for m in feed(header(), image(0), header(), image(1)) if isinstance(m, SeriesStart)]
-    assert len(starts) == 2
+    announced, *messages = feed(header(), header(), image(0), header(), image(1))
+    assert announced == Announced(7)
+    assert kinds(messages) == ["start", 0, "start", 1]
+    assert Announced(7) not in messages, "announced once"
+    starts = [m for m in messages if isinstance(m, SeriesStart)]
     assert starts[0] == starts[1]
+
+
+@pytest.mark.parametrize(("detail", "needed"), [("none", 1), ("basic", 2), ("all", 2)])
+def test_a_series_is_announced_with_its_header(detail: str, needed: int) -> None:
+    decoder = Decoder()
+    parts = header(detail=detail)
+    said = [decoder.feed(batch([part])) for part in parts]
+    assert said == [[Announced(7)] if number == needed else [] for number in range(1, len(parts) + 1)]
+    assert kinds(decoder.feed(batch(image(0)))) == ["start", 0]
+
+
+def test_each_series_is_announced() -> None:
+    one, other = header(), [header()[0], text(nimages=3)]
+    assert feed(header(1), header(2)) == [Announced(1), Announced(2)]
+    assert feed(one, other) == [Announced(7), Announced(7)], "begun again with another configuration"
+    assert [type(m) for m in feed(one, end(), one, end(8), one)] == [Announced, SeriesEnd, Announced, SeriesEnd]
+    assert feed(one[:1], header(8)) == [Announced(7), Announced(8)], "its configuration never came"
 
 
 @pytest.mark.parametrize(
@@ -739,7 +777,7 @@ def test_frames_come_back_as_they_went(dtype: np.dtype, encoding: Encoding, time
     encoder = Encoder()
     start = replace(START, detector_shape=(7, 33), dtype=dtype)
     sent = [*encoder.start(start), *encoder.frames(5, 4, payloads, encoding, exposed_ns=times), *encoder.end(5)]
-    messages = feed(*sent)  # type: ignore[arg-type]
+    messages = heard(*sent)  # type: ignore[arg-type]
     assert kinds(messages) == ["start", 4, 5, 6, 7, 8, "end"]
     block = messages[1]
     assert isinstance(block, FrameBlock)

@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 
 from detectors import codec
 from detectors.errors import ConfigurationError
-from detectors.messages import Encoding, FrameBlock, Message, ReceivedBatch, SeriesEnd, SeriesStart, Undecodable
+from detectors.messages import (
+    Announced,
+    Encoding,
+    FrameBlock,
+    Message,
+    ReceivedBatch,
+    SeriesEnd,
+    SeriesStart,
+    Undecodable,
+)
 from detectors.protocols import cbor, dectris_v2
 from tests.live_helpers import batch, payloads_of
 
@@ -138,7 +147,9 @@ def end(**keys: Any) -> bytes:
 
 
 def feed(*messages: bytes) -> list[Message]:
-    return dectris_v2.Decoder().feed(batch(*([message] for message in messages)))
+    """Without announcements, which are tested on their own."""
+    heard = dectris_v2.Decoder().feed(batch(*([message] for message in messages)))
+    return [message for message in heard if not isinstance(message, Announced)]
 
 
 def one_block(messages: Sequence[Message]) -> FrameBlock:
@@ -168,7 +179,7 @@ def told(messages: Iterable[Message]) -> list[tuple[Any, ...]]:
     return [
         ("frames", m.series, *m.indices.tolist()) if isinstance(m, FrameBlock)
         else ("?", m.reason, m.frames) if isinstance(m, Undecodable)
-        else ("start" if isinstance(m, SeriesStart) else "end", m.series)
+        else ({Announced: "announced", SeriesStart: "start", SeriesEnd: "end"}[type(m)], m.series)
         for m in messages
     ]  # fmt: skip
 
@@ -233,7 +244,8 @@ def test_a_recorded_series_of_a_simulator(shared_data: Path) -> None:
     if not path.exists():
         pytest.skip("the recorded streams (shared/data/streams) are not here")
     messages = [message["parts"] for message in msgpack.unpackb(path.read_bytes(), raw=False)["messages"]]
-    first, block, last = dectris_v2.Decoder().feed(batch(*messages))
+    announced, first, block, last = dectris_v2.Decoder().feed(batch(*messages))
+    assert announced == Announced(1)
     assert isinstance(first, SeriesStart)
     assert (first.detector_shape, first.dtype, first.frames) == ((4362, 4148), np.dtype("<u2"), 2)
     assert (first.channels, first.maximum_is_masked) == (("threshold_1",), True)
@@ -249,7 +261,7 @@ def test_a_recorded_series_of_a_simulator(shared_data: Path) -> None:
     # Message by message, as they come live: the same.
     decoder = dectris_v2.Decoder()
     live = [told(decoder.feed(batch(message))) for message in messages]
-    assert live == [[("start", 1), ("frames", 1, 0)], [("frames", 1, 1)], [("end", 1)]]
+    assert live == [[("announced", 1), ("start", 1), ("frames", 1, 0)], [("frames", 1, 1)], [("end", 1)]]
 
 
 # Images
@@ -536,7 +548,7 @@ def test_any_key_of_a_start_may_be_missing_or_none(key: str, value: Any) -> None
 def test_a_start_that_says_too_little_waits_for_the_first_image(missing: str) -> None:
     decoder = dectris_v2.Decoder()
     raw = start(**{missing: ...})
-    assert decoder.feed(batch([raw])) == []
+    assert decoder.feed(batch([raw], [raw])) == [Announced(1)]
     assert told(decoder.feed(batch([image(3, {"a": None})])))[0][0] == "?", "an image that says nothing does not help"
     got, block = decoder.feed(batch([image(4)], [image(5)]))
     assert isinstance(got, SeriesStart)
@@ -559,7 +571,8 @@ def test_a_series_without_images() -> None:
 def test_the_saturation_value_tells_the_type_only_when_it_must_be() -> None:
     assert one_start(feed(start(image_dtype=..., saturation_value=2**32 - 2))).dtype == np.dtype("<u4")
     for ambiguous in (21517, 65534, 254, None, 1.5, "65536", True):
-        assert feed(start(image_dtype=..., saturation_value=ambiguous)) == []
+        raw = start(image_dtype=..., saturation_value=ambiguous)
+        assert dectris_v2.Decoder().feed(batch([raw])) == [Announced(1)]
 
 
 def test_an_array_that_does_not_fit_is_not_used_and_told() -> None:

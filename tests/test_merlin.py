@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from detectors import codec
 from detectors.errors import ConfigurationError, ProtocolError
-from detectors.messages import Encoding, FrameBlock, Message, ReceivedBatch, SeriesEnd, SeriesStart, Undecodable
+from detectors.messages import (
+    Announced,
+    Encoding,
+    FrameBlock,
+    Message,
+    ReceivedBatch,
+    SeriesEnd,
+    SeriesStart,
+    Undecodable,
+)
 from detectors.protocols import merlin_control as control
 from detectors.protocols.merlin import ENCODINGS, Decoder, Encoder, framing, looks_like
 from detectors.protocols.merlin_framing import MAX_MESSAGE_BYTES, message
@@ -205,7 +214,7 @@ def test_hostile_bytes_take_linear_time(data: bytes) -> None:
 def test_the_recorded_stream_is_decoded(recorded: bytes, cuts: list[int], together: bool) -> None:
     messages = feed(*in_pieces(recorded, cuts)[0], together=together)
     start = the(SeriesStart, messages)
-    assert isinstance(messages[0], SeriesStart)
+    assert messages[:2] == [Announced(start.series), start]
     assert (start.detector_shape, start.dtype, start.frames) == ((128, 256), np.dtype("u1"), 8)
     assert (start.scan_shape, start.maximum_is_masked) == (None, False)
     assert start.header == (recorded[:2063],), "a recording keeps the message as it came"
@@ -231,8 +240,9 @@ def test_the_recorded_stream_is_decoded(recorded: bytes, cuts: list[int], togeth
 
 def test_a_batch_of_like_frames_is_one_block_in_the_slab(recorded: bytes) -> None:
     batch = received(framed(recorded), time_ns=77)
-    start, block, end = Decoder().feed(batch)
+    announced, start, block, end = Decoder().feed(batch)
     assert isinstance(start, SeriesStart)
+    assert announced == Announced(start.series)
     assert isinstance(end, SeriesEnd)
     assert isinstance(block, FrameBlock)
     assert block.slab is batch.slab
@@ -426,14 +436,28 @@ def indices(messages: Sequence[Message]) -> list[int]:
 
 
 def kinds(messages: Sequence[Message]) -> str:
-    return "".join({SeriesStart: "S", FrameBlock: "F", SeriesEnd: "E", Undecodable: "U"}[type(m)] for m in messages)
+    letters = {Announced: "A", SeriesStart: "S", FrameBlock: "F", SeriesEnd: "E", Undecodable: "U"}
+    return "".join(letters[type(m)] for m in messages)
 
 
 def test_a_start_waits_for_the_first_frame() -> None:
     hdr, first, *_ = acquisition()
     decoder = Decoder()
-    assert feed(hdr, decoder=decoder) == []
-    assert kinds(feed(first, decoder=decoder)) == "SF"
+    (announced,) = feed(hdr, decoder=decoder)
+    assert feed(hdr, hdr, decoder=decoder) == [], "announced once"
+    start, block = feed(first, decoder=decoder)
+    assert isinstance(start, SeriesStart)
+    assert announced == Announced(start.series)
+    assert isinstance(block, FrameBlock)
+
+
+def test_acquisitions_announced_within_a_second_are_told_apart() -> None:
+    one, other = acquisition(5), acquisition(3)
+    given_up, announced, start, *rest = feed(one[0], *other)
+    assert [type(m) for m in (given_up, announced, start)] == [Announced, Announced, SeriesStart]
+    assert announced == Announced(start.series)  # type: ignore[union-attr]
+    assert given_up != announced
+    assert kinds(rest) == "FE"
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -449,17 +473,17 @@ def test_lost_doubled_and_reordered_frames(together: bool) -> None:
 
 def test_frames_that_come_late_in_the_batch_of_the_last_one_are_still_in_time() -> None:
     hdr, *frames = acquisition(4)
-    assert kinds(feed(hdr, frames[0], frames[3], frames[2], frames[1])) == "SFE"
-    assert kinds(feed(hdr, *frames, frames[3])) == "SFE"
+    assert kinds(feed(hdr, frames[0], frames[3], frames[2], frames[1])) == "ASFE"
+    assert kinds(feed(hdr, *frames, frames[3])) == "ASFE"
 
 
 def test_without_the_last_frame_there_is_no_end() -> None:
-    assert kinds(feed(*acquisition(8)[:-1])) == "SF"
+    assert kinds(feed(*acquisition(8)[:-1])) == "ASF"
 
 
 def test_an_endless_acquisition() -> None:
     messages = feed(*acquisition(8, frames=None))
-    assert kinds(messages) == "SF"
+    assert kinds(messages) == "ASF"
     assert the(SeriesStart, messages).frames is None
 
 
@@ -470,13 +494,13 @@ def test_two_acquisitions_in_a_row(together: bool) -> None:
     for second in (one, other):  # the very same bytes again, too: simulators and replays do that
         messages = feed(*one, *second, together=together)
         text = kinds(messages)
-        assert (text.count("S"), text.count("E")) == (2, 2)
+        assert [text.count(letter) for letter in "ASE"] == [2, 2, 2]
         first_end, second_start = text.index("E"), text.rindex("S")
         assert first_end < second_start
         series = [m.series for m in messages if isinstance(m, SeriesStart)]
         assert series[0] != series[1]
-        ends = [m.series for m in messages if isinstance(m, SeriesEnd)]
-        assert ends == series
+        for kind in (Announced, SeriesEnd):
+            assert [m.series for m in messages if isinstance(m, kind)] == series
         assert indices(messages) == [*range(5), *range(len(second) - 1)]
         assert {b.series for b in blocks_of(messages[second_start:])} == {series[1]}
 
@@ -485,7 +509,7 @@ def test_two_acquisitions_in_a_row(together: bool) -> None:
 def test_a_header_repeated_in_mid_series_changes_nothing(together: bool) -> None:
     hdr, *frames = acquisition(6)
     messages = feed(hdr, hdr, *frames[:3], hdr, *frames[3:], together=together)
-    assert kinds(messages).count("S") == kinds(messages).count("E") == 1
+    assert [kinds(messages).count(letter) for letter in "ASE"] == [1, 1, 1]
     assert indices(messages) == list(range(6))
 
 
@@ -509,13 +533,13 @@ def test_frames_without_header_are_a_series_of_unknown_length() -> None:
     assert (start.detector_shape, start.dtype, start.frames, start.scan_shape) == ((4, 8), np.dtype("<u2"), None, None)
     assert start.header == ()
     assert indices(messages) == [3, 4, 5]
-    assert kinds(feed(*next_one, decoder=decoder)) == "SFE"
+    assert kinds(feed(*next_one, decoder=decoder)) == "ASFE"
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_the_header_of_the_next_acquisition_is_lost(together: bool) -> None:
     decoder = Decoder()
-    assert kinds(feed(*acquisition(4), decoder=decoder)) == "SFE"
+    assert kinds(feed(*acquisition(4), decoder=decoder)) == "ASFE"
     messages = feed(*acquisition(4)[1:], decoder=decoder, together=together)
     assert the(SeriesStart, messages).frames is None
     assert indices(messages) == [0, 1, 2, 3]
@@ -534,7 +558,7 @@ def test_a_short_acquisition_after_a_longer_one_that_was_aborted(together: bool)
 def test_a_doubled_last_frame_belongs_to_what_has_ended() -> None:
     decoder = Decoder()
     stream = acquisition(4)
-    (start, *_) = feed(*stream, decoder=decoder)
+    (_, start, *_) = feed(*stream, decoder=decoder)
     assert isinstance(start, SeriesStart)
     doubled = feed(stream[-1], decoder=decoder)
     assert kinds(doubled) == "F"
@@ -545,21 +569,21 @@ def test_a_doubled_last_frame_belongs_to_what_has_ended() -> None:
 def test_frames_of_another_kind_are_no_part_of_a_series() -> None:
     good, other = acquisition(3), acquisition(3, (8, 4), "<u1")
     messages = feed(*good[:2], other[2], *good[2:])
-    assert kinds(messages) == "SFUFE"
+    assert kinds(messages) == "ASFUFE"
     assert "8x4 uint8 in a series of 4x8 uint16" in the(Undecodable, messages).reason
 
 
 def test_a_frame_that_is_cut_short_is_undecodable() -> None:
     good = acquisition(3)
     messages = feed(*good[:2], good[2][:-7], good[3])
-    assert kinds(messages) == "SFUFE"
+    assert kinds(messages) == "ASFUFE"
     assert "has 64 bytes of them, this one 57" in the(Undecodable, messages).reason
 
 
 def test_a_message_of_two_parts_is_undecodable() -> None:
     good = acquisition(3)
     batch = ReceivedBatch.from_messages([[good[0]], good[1:3], [good[3]]])
-    assert kinds(Decoder().feed(batch)) == "USFE"
+    assert kinds(Decoder().feed(batch)) == "AUSFE"
 
 
 def test_raw_and_binary_frames_may_follow_each_other() -> None:

@@ -461,7 +461,7 @@ def test_places_where_no_recording_can_be_made(tmp_path: Path, overwrite: bool) 
 
 
 def test_a_frame_too_large_for_hdf5_leaves_no_file(path: Path) -> None:
-    with pytest.raises(DataFileError, match="cannot be started"):
+    with pytest.raises(DataFileError, match="a frame of 17 GB cannot be recorded"):
         Recorder(path, start_of("<u4", detector_shape=(65536, 65536)), "native", "1")
     assert not path.exists()
 

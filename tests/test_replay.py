@@ -13,7 +13,7 @@ import pytest
 
 from detectors.codec import encode
 from detectors.errors import ConfigurationError, ConnectionFailed, DataFileError
-from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesEnd, SeriesStart
+from detectors.messages import Announced, Encoding, FrameBlock, ReceivedBatch, SeriesEnd, SeriesStart
 from detectors.protocols.registry import protocol_named
 from detectors.simulator.misbehaviour import Misbehaviour
 from stream.intake import Silence, messages
@@ -65,7 +65,7 @@ async def heard(endpoint: str, protocol: str = "native") -> list[Any]:
         stream = messages(receiver, protocol_named(protocol))
         async with contextlib.aclosing(stream):
             async for item in stream:
-                if not isinstance(item, Silence):
+                if not isinstance(item, Silence | Announced):
                     out.append(item.compact() if isinstance(item, FrameBlock) else item)
                 if isinstance(item, SeriesEnd):
                     return out
@@ -139,7 +139,8 @@ def spoken(
         wire += encoder.frames(1, i, first, encoding, **options)
     wire += encoder.end(1)
     whole = wire if protocol_named(protocol).framing is None else [[b"".join(parts)] for parts in wire]
-    return protocol_named(protocol).decoder().feed(ReceivedBatch.from_messages(whole, time_ns=5))
+    items = protocol_named(protocol).decoder().feed(ReceivedBatch.from_messages(whole, time_ns=5))
+    return [item for item in items if not isinstance(item, Announced)]
 
 
 def frames_heard(items: list[Any]) -> list[Any]:
@@ -236,7 +237,8 @@ async def test_a_recording_without_an_end_is_replayed_without(tmp_path: Path) ->
     path = tmp_path / "recording.h5"
     async with serving(misbehaviour=Misbehaviour(stop_after=100)) as (endpoint, _):
         done = await patiently(record_stream([endpoint], path, timeout_s=0.5))
-    assert done == Recorded(100, "nothing came for 0.5 s, and no end message")
+    lost = FRAMES - 100
+    assert done == Recorded(100, f"nothing came for 0.5 s, and no end message; {lost} of {FRAMES} frames did not come")
     async with replaying(path) as (endpoint, task):
         session, _ = await run_session(live_options(endpoint, series_timeout_s=0.5))
         assert await patiently(task) == 100
@@ -270,11 +272,16 @@ async def test_early_frames_and_those_of_others(tmp_path: Path) -> None:
         await sender.raw(b"junk")
         await sender.scan(frames, range(10, 100), "A")
         await sender.start("B")
+        await sender.frames([frames[0].tobytes()] * 3, series="B")
+        await sender.end("B")
         done = await patiently(recording)
-    assert done == Recorded(100, "series B began before its end")
+    # The newest is the one that is wanted; what there was of the other one is kept.
+    assert done == Recorded(4, f"{FRAMES - 4} of {FRAMES} frames did not come")
     with open_recording(tmp_path / "recording.h5") as file:
+        assert (file.start.series, file.frames, file.complete) == ("B", 4, True)
+    with open_recording(tmp_path / "recording-aborted-1.h5") as file:
+        assert (file.start.series, file.frames, file.complete) == ("A", 100, False)
         assert file.undecodable_messages == 1
-        assert not file.complete
 
 
 async def test_progress_is_told(tmp_path: Path) -> None:
@@ -306,8 +313,10 @@ async def test_nobody_to_record(tmp_path: Path) -> None:
 
 async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     async with serving() as (endpoint, _):
-        with pytest.raises(DataFileError, match="there is no directory"):
-            await patiently(record_stream([endpoint], tmp_path / "no" / "r.h5"))
+        done = await patiently(record_stream([endpoint], tmp_path / "no" / "r.h5"))
+    assert done == Recorded(FRAMES)
+    with pytest.raises(DataFileError, match="is not a folder"):  # at once, and not when the series begins
+        await patiently(record_stream(["tcp://127.0.0.1:9"], tmp_path / "no" / "r.h5" / "r.h5"))
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("nan")])

@@ -293,7 +293,7 @@ async def test_start_repeated_and_frames_before_it(patterns: np.ndarray, expecte
     assert result.counters.received == FRAMES
 
 
-async def test_an_end_before_any_frame(patterns: np.ndarray) -> None:
+async def test_an_end_before_the_last_frames(patterns: np.ndarray, expected_given_disk: Result) -> None:
     async def send(sender: PlainSender) -> None:
         await sender.end()
         await sender.start()
@@ -301,9 +301,37 @@ async def test_an_end_before_any_frame(patterns: np.ndarray) -> None:
         await sender.scan(patterns, range(FRAMES))
 
     session = await sent_plainly(send)
+    assert session.incomplete == ""
+    assert session.result is not None
+    assert_same_object(session.result, expected_given_disk)
+
+
+async def test_an_end_without_any_frame() -> None:
+    async def send(sender: PlainSender) -> None:
+        await sender.start()
+        await sender.end()
+
+    session = await sent_plainly(send)
+    assert "ended before any frame came" in session.incomplete
     assert session.result is not None
     assert session.result.counters.missing == FRAMES
     assert not session.result.positions_received.any()
+
+
+async def test_the_rest_of_a_series_does_not_get_into_one_of_the_same_number(
+    patterns: np.ndarray, expected_given_disk: Result
+) -> None:
+    async def send(sender: PlainSender) -> None:
+        await sender.scan(patterns[::-1], range(80))
+        await sender.end()
+        await sender.start()
+        await sender.scan(patterns, range(FRAMES))
+        await sender.end()
+
+    session = await sent_plainly(send)
+    assert session.result is not None
+    assert session.result.counters.duplicate == 0
+    assert_same_object(session.result, expected_given_disk)
 
 
 async def test_frames_of_an_unknown_series_are_named() -> None:
@@ -527,8 +555,10 @@ async def test_announced_passes_are_taken(expected: Result) -> None:
     assert_same_object(session.result, expected)
 
 
-async def test_the_newest_series_is_the_one_that_is_wanted(patterns: np.ndarray, expected_given_disk: Result) -> None:
-    """What an aborted scan left behind, without an end message, is not taken for the scan."""
+async def test_the_newest_series_is_the_one_that_is_wanted(
+    patterns: np.ndarray, expected_given_disk: Result, tmp_path: Path
+) -> None:
+    """The rest of an aborted scan, without an end message, is not taken for the scan, and takes no name from it."""
 
     async def send(sender: PlainSender) -> None:
         await sender.start("A")
@@ -537,11 +567,46 @@ async def test_the_newest_series_is_the_one_that_is_wanted(patterns: np.ndarray,
         await sender.scan(patterns, range(FRAMES), "B")
         await sender.end("B")
 
-    session = await sent_plainly(send)
+    session = await sent_plainly(send, record=tmp_path / "s.h5", output=tmp_path / "r.h5")
     assert session.incomplete == ""
     assert session.result is not None
     assert session.result.counters.received == FRAMES
     assert_same_object(session.result, expected_given_disk)
+    assert sorted(os.listdir(tmp_path)) == ["r-aborted-1.h5", "r.h5", "s-aborted-1.h5", "s.h5"]
+    for name, frames in (("s.h5", FRAMES), ("s-aborted-1.h5", 100)):
+        with open_recording(tmp_path / name) as recording:
+            assert recording.frames == frames
+    assert (session.saved, session.recorded) == (tmp_path / "r.h5", tmp_path / "s.h5")
+
+
+async def test_the_rest_of_a_series_without_frames_is_no_trouble(
+    patterns: np.ndarray, expected_given_disk: Result
+) -> None:
+    async def send(sender: PlainSender) -> None:
+        await sender.start("A", bf_centre_px=None)  # the disk would have to be found, in nothing
+        await sender.start("B")
+        await sender.scan(patterns, range(FRAMES), "B")
+        await sender.end("B")
+
+    session = await sent_plainly(send)
+    assert session.result is not None
+    assert_same_object(session.result, expected_given_disk)
+
+
+async def test_a_publisher_that_goes_on_is_not_begun_with_again(patterns: np.ndarray, tmp_path: Path) -> None:
+    """So many passes of an endless series are taken; its start is repeated for those who come late."""
+
+    async def send(sender: PlainSender) -> None:
+        endless = np.concatenate([patterns] * 3)
+        for number in range(3):
+            await sender.start(frames=None)
+            await sender.scan(endless, range(number * FRAMES, (number + 1) * FRAMES))
+
+    async with plainly(send) as endpoint:
+        options = live_options(endpoint, passes=1, follow=True, output=tmp_path / "r.h5")
+        async with Session(options) as session:
+            await snapshot_where(session, lambda s: s.counters.unclaimed >= FRAMES)
+    assert os.listdir(tmp_path) == ["r.h5"]
 
 
 async def test_following_from_series_to_series(

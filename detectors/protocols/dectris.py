@@ -17,6 +17,9 @@ from detectors.messages import SeriesStart
 #: Pixel types by the name that the detector gives them, all little-endian.
 DTYPES = {name: np.dtype(f"<{code}") for name, code in {"uint8": "u1", "uint16": "u2", "uint32": "u4"}.items()}
 
+#: What the stream's format is called over REST, for each protocol.
+FORMATS = {"dectris-v1": "legacy", "dectris-v2": "cbor"}
+
 #: Bits of the pixel mask that make a pixel unusable: gap, dead, under-responding, over-responding, noisy.
 _UNUSABLE = 0b11111
 

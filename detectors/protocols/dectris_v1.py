@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ import numpy as np
 from detectors.codec import BLOCK_BYTES
 from detectors.errors import ProtocolError
 from detectors.messages import (
+    Announced,
     Encoding,
     Message,
     ReceivedBatch,
@@ -35,7 +35,7 @@ from detectors.messages import (
     SeriesStart,
     Undecodable,
 )
-from detectors.protocols.dectris import DTYPES, good_pixels, json_object, told_by
+from detectors.protocols.dectris import DTYPES, json_object
 from detectors.protocols.dectris_v1_encoder import Encoder
 from detectors.protocols.dectris_v1_parts import (
     IMAGE,
@@ -43,13 +43,13 @@ from detectors.protocols.dectris_v1_parts import (
     LARGEST_INDEX,
     LARGEST_INT64,
     TIMES,
+    Header,
     Layout,
-    Run,
-    frame_count,
     integer,
     layout_of,
     series_of,
 )
+from detectors.protocols.gathering import Gathering
 
 __all__ = ["ENCODINGS", "NAME", "PORT", "SUMMARY", "Decoder", "Encoder", "looks_like"]
 
@@ -69,28 +69,37 @@ _ARRAYS = {"dflatfield-1.0": "flat field", "flatfield-1.0": "flat field", "dpixe
 _ARRAY_TYPES = {**DTYPES, "float32": np.dtype("<f4")}
 
 
-@dataclass
-class _Header:
-    """A series whose first image has not come."""
-
-    series: int
-    parts: list[bytes]
-    config: dict[str, Any] = field(default_factory=dict)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    appendix: str | None = None
-
-
 class Decoder:
     """Sans-IO decoder: see ``detectors.messages.StreamDecoder``. A state machine: ``_expect`` takes the next part.
 
     Each ``_take_...`` gets a part as its place and length in the slab, and hands on to :meth:`_other` what it did not
-    expect. Between two batches an unfinished image is kept, its pixels copied.
+    expect. What is remembered between parts, and between batches:
+
+    ============  ===============================================================================================
+    ``_expect``   what has to come next: an image (also: nothing in particular), its layout, its pixels, its times;
+                  a header's configuration, its next part, an array
+    ``_header``   the header of a series **without an image so far**, else None
+    ``_start``    the ``SeriesStart`` of the last series that **had an image**, whose other images must be like it
+    image         ``_series`` to ``_own``, of the image under way; its pixels are copied where a batch ends before it
+    tolerance     ``_may_append``, ``_told``, ``_owed``: what of strays is to be taken, and what has been told
+    ============  ===============================================================================================
+
+    =================================  ==========================================================================
+    ``dheader``                        ``_header`` is made anew, ``_start`` forgotten
+    configuration (or no such detail)  ``Announced``, unless the same parts have announced the same series
+    array, appendix                    kept in ``_header``
+    image complete                     of ``_header``'s series: it becomes ``_start`` and is told, **then** the
+                                       frame; of any other: the frame alone
+    ``dseries_end``                    as with an image, if the configuration tells shape and type; ``SeriesEnd``
+    a part that does not fit           the image under way is lost (``Undecodable``), ``_header`` is not
+    =================================  ==========================================================================
     """
 
     def __init__(self) -> None:
         self._expect: Callable[[int, int], None] = self._take_image
-        self._header: _Header | None = None
-        self._announced: SeriesStart | None = None
+        self._header: Header | None = None
+        self._announced: tuple[object, ...] = ()  # the last series, and the parts that announced it
+        self._start: SeriesStart | None = None
         self._array: Mapping[str, Any] = {}
         self._layouts: dict[tuple[bytes | None, ...], Layout] = {}
         # The image under way. ``_own``: its pixels, where they cannot stay in the slab.
@@ -102,14 +111,14 @@ class Decoder:
         self._owed = False  # ... in an image whose dimage_d may still come
 
     def feed(self, batch: ReceivedBatch) -> list[Message]:
-        self._run, self._view = Run(batch), batch.slab.data
+        self._found, self._view = Gathering(batch), batch.slab.data
         for offset, length in zip(batch.offsets.tolist(), batch.lengths.tolist(), strict=True):
             self._expect(offset, length)
         if self._expect == self._take_times and self._own is None:
             self._own = self._bytes(self._offset, self._size)
-        self._run.close()
-        messages = self._run.messages
-        del self._run, self._view  # the slab goes back
+        self._found.close()
+        messages = self._found.messages
+        del self._found, self._view  # the slab goes back
         return messages
 
     # --- images ---
@@ -148,7 +157,7 @@ class Decoder:
                 if len(self._layouts) >= 16:
                     self._layouts.clear()
                 self._layouts[key] = layout
-        start = self._announced
+        start = self._start
         if start is not None and start.series == self._series and (start.detector_shape, start.dtype) != layout[1:]:
             here, there = f"{layout.shape} {layout.dtype.name}", f"{start.detector_shape} {start.dtype.name}"
             self._broken(f"{here} in a series of {there}")
@@ -188,27 +197,39 @@ class Decoder:
 
     def _finish_image(self, time_ns: int | None) -> None:
         if self._header is not None and self._header.series == self._series:
-            self._announce(self._header, self._layout.shape, self._layout.dtype)
-        self._run.add(self._series, self._frame, self._layout, self._offset, self._size, time_ns, self._own)
+            self._begin_series(self._header, self._layout.shape, self._layout.dtype)
+        self._found.add(self._series, self._layout.encoding, self._frame, self._offset, self._size, time_ns, self._own)
         self._may_append = True
         self._expect = self._take_image
 
     # --- headers ---
 
     def _begin_header(self, series: int, detail: Any, raw: bytes) -> None:
-        self._header, self._announced = _Header(series, [raw]), None
+        self._header, self._start = Header(series, [raw]), None
         self._may_append = self._told = self._owed = False
-        self._expect = self._take_header_part if detail == "none" else self._take_config
+        self._expect = self._take_config
+        if detail == "none":
+            self._header_read()
 
     def _take_config(self, offset: int, length: int) -> None:
         assert self._header is not None
-        self._expect = self._take_header_part
         fields = self._json(offset, length)
         if fields is None or "htype" in fields:
+            self._header_read()
             self._take_header_part(offset, length)
             return
         self._header.config = fields
         self._header.parts.append(self._bytes(offset, length))
+        self._header_read()
+
+    def _header_read(self) -> None:
+        """What names the series is there, though arrays may follow."""
+        assert self._header is not None
+        self._expect = self._take_header_part
+        announced = (self._header.series, *self._header.parts)
+        if announced != self._announced:
+            self._announced = announced
+            self._found.say(Announced(self._header.series))
 
     def _take_header_part(self, offset: int, length: int) -> None:
         header = self._header
@@ -244,33 +265,9 @@ class Decoder:
         elif length and not fits:
             self._say(f"{htype} of shape {shape!r} and type {self._array.get('type')!r} came with {length} bytes")
 
-    def _announce(self, header: _Header, shape: tuple[int, int], dtype: np.dtype) -> None:
-        settings, scan_shape = told_by(header.config, header.appendix)
-        arrays: dict[str, np.ndarray | None] = {"pixel mask": None, "flat field": None}
-        notes = []
-        for name, array in header.arrays.items():
-            if array.shape != shape:
-                notes.append(f"the {name} has the shape {array.shape}, the images {shape}: it is not used")
-            elif name == "pixel mask" and array.dtype.kind == "u":
-                arrays[name] = good_pixels(array)
-            elif name == "flat field" and np.isfinite(array).all() and array.any():
-                arrays[name] = array.astype(np.float32)
-            else:
-                notes.append(f"the {name} is no {name}: it is not used")
-        self._announced = SeriesStart(
-            header.series,
-            shape,
-            dtype,
-            scan_shape,
-            frame_count(header.config),
-            settings,
-            tuple(header.parts),
-            pixel_mask=arrays["pixel mask"],
-            flatfield=arrays["flat field"],
-            maximum_is_masked=True,
-        )
-        self._header = None
-        self._run.say(self._announced)
+    def _begin_series(self, header: Header, shape: tuple[int, int], dtype: np.dtype) -> None:
+        self._header, (self._start, notes) = None, header.start(shape, dtype)
+        self._found.say(self._start)
         for note in notes:
             self._say(note)
 
@@ -281,9 +278,11 @@ class Decoder:
             dtype = DTYPES.get(f"uint{config.get('bit_depth_image')}")
             rows, columns = config.get("y_pixels_in_detector"), config.get("x_pixels_in_detector")
             if dtype is not None and all(type(n) is int and 1 <= n <= 65536 for n in (rows, columns)):
-                self._announce(header, (rows, columns), dtype)  # type: ignore[arg-type]
+                self._begin_series(header, (rows, columns), dtype)  # type: ignore[arg-type]
             self._header = None
-        self._run.say(SeriesEnd(series, (raw,)))
+        if self._announced[:1] == (series,):
+            self._announced = ()
+        self._found.say(SeriesEnd(series, (raw,)))
         self._may_append = self._told = self._owed = False
         self._expect = self._take_image
 
@@ -325,7 +324,7 @@ class Decoder:
             self._other(offset, length)
 
     def _say(self, reason: str, frames: int = 0) -> None:
-        self._run.say(Undecodable(reason if len(reason) <= 300 else f"{reason[:297]}...", frames))
+        self._found.say(Undecodable(reason if len(reason) <= 300 else f"{reason[:297]}...", frames))
 
     def _bytes(self, offset: int, length: int) -> bytes:
         return bytes(self._view[offset : offset + length])

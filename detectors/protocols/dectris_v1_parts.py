@@ -1,16 +1,17 @@
-"""The small parts of DECTRIS Stream V1: what an image's JSON texts say, read quickly, and images gathered to blocks."""
+"""The small parts of DECTRIS Stream V1: what an image's JSON texts say, read quickly, and what a header has told."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from detectors.errors import ProtocolError
-from detectors.messages import Encoding, FrameBlock, Message, ReceivedBatch, SeriesId
-from detectors.protocols.dectris import DTYPES
+from detectors.messages import Encoding, SeriesStart
+from detectors.protocols.dectris import DTYPES, good_pixels, told_by
 
 #: No sane number of a frame or length of a series is larger.
 LARGEST_INDEX = 2**53
@@ -49,60 +50,6 @@ class Layout(NamedTuple):
     dtype: np.dtype
 
 
-class Run:
-    """Consecutive images of one series and encoding, gathered into one block; and all that came so far."""
-
-    def __init__(self, batch: ReceivedBatch) -> None:
-        self.batch = batch
-        self.messages: list[Message] = []
-        self.key: tuple[SeriesId, Encoding, bool, bool] | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self.indices: list[int] = []
-        self.offsets: list[int] = []
-        self.sizes: list[int] = []
-        self.times: list[int] = []
-        self.own: list[bytes] = []
-
-    def add(
-        self, series: int, frame: int, layout: Layout, offset: int, size: int, time_ns: int | None, own: bytes | None
-    ) -> None:
-        """One image: its pixels in the batch's slab, or ``own``."""
-        key = (series, layout.encoding, time_ns is None, own is None)
-        if key != self.key:
-            self.close()
-            self.key = key
-        self.indices.append(frame)
-        self.sizes.append(size)
-        if time_ns is not None:
-            self.times.append(time_ns)
-        if own is None:
-            self.offsets.append(offset)
-        else:
-            self.own.append(own)
-
-    def say(self, message: Message) -> None:
-        self.close()
-        self.messages.append(message)
-
-    def close(self) -> None:
-        if self.key is None:
-            return
-        series, encoding, untimed, _ = self.key
-        indices, offsets, sizes, times = (
-            np.array(values, np.int64) for values in (self.indices, self.offsets, self.sizes, self.times)
-        )
-        slab = self.batch.slab
-        if self.own:
-            slab, offsets = np.frombuffer(b"".join(self.own), np.uint8), np.cumsum(sizes) - sizes
-        self.messages.append(
-            FrameBlock(series, encoding, indices, offsets, sizes, slab, self.batch.time_ns, None if untimed else times)
-        )
-        self.key = None
-        self._clear()
-
-
 def integer(fields: Mapping[str, Any], key: str, low: int, high: int) -> int:
     value = fields.get(key)
     if type(value) is not int or not low <= value <= high:
@@ -139,7 +86,46 @@ def layout_of(fields: Mapping[str, Any]) -> Layout:
     return Layout(Encoding.BSLZ4 if bits else Encoding.LZ4 if packed else plain, (shape[1], shape[0]), dtype)
 
 
-def frame_count(config: Mapping[str, Any]) -> int | None:
+@dataclass
+class Header:
+    """A series whose first image has not come. ``arrays``: "pixel mask" and "flat field", (rows, columns), as sent."""
+
+    series: int
+    parts: list[bytes]
+    config: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    appendix: str | None = None
+
+    def start(self, shape: tuple[int, int], dtype: np.dtype) -> tuple[SeriesStart, list[str]]:
+        """The start of a series with such images, and what of the header cannot be used."""
+        settings, scan_shape = told_by(self.config, self.appendix)
+        arrays: dict[str, np.ndarray | None] = {"pixel mask": None, "flat field": None}
+        notes = []
+        for name, array in self.arrays.items():
+            if array.shape != shape:
+                notes.append(f"the {name} has the shape {array.shape}, the images {shape}: it is not used")
+            elif name == "pixel mask" and array.dtype.kind == "u":
+                arrays[name] = good_pixels(array)
+            elif name == "flat field" and np.isfinite(array).all() and array.any():
+                arrays[name] = array.astype(np.float32)
+            else:
+                notes.append(f"the {name} is no {name}: it is not used")
+        start = SeriesStart(
+            self.series,
+            shape,
+            dtype,
+            scan_shape,
+            _frame_count(self.config),
+            settings,
+            tuple(self.parts),
+            pixel_mask=arrays["pixel mask"],
+            flatfield=arrays["flat field"],
+            maximum_is_masked=True,
+        )
+        return start, notes
+
+
+def _frame_count(config: Mapping[str, Any]) -> int | None:
     """Images of a series, ``nimages`` for each of ``ntrigger`` triggers; None where it is not told."""
     images, triggers = config.get("nimages"), config.get("ntrigger", 1)
     if not (type(images) is int and type(triggers) is int and images > 0 and triggers > 0):

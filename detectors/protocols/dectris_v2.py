@@ -27,6 +27,7 @@ import numpy as np
 from detectors import codec
 from detectors.errors import ProtocolError
 from detectors.messages import (
+    Announced,
     Encoding,
     FrameBlock,
     Message,
@@ -160,10 +161,11 @@ class Decoder:
         if series is None:
             raise ProtocolError(f"a {kind!r} message needs 'series_id' or 'series_unique_id'")
         if kind == "start":
-            known = _announced(series, entries, bytes(part))
+            before, known = self._series.get(series), _said(series, entries, bytes(part))
             self._remember(known)
-            told = known.shape is not None and known.dtype is not None and known.channels
-            return known.start() if told else []
+            if known.shape is not None and known.dtype is not None and known.channels:
+                return known.start()
+            return [] if before is not None and before.header == known.header else [Announced(series)]
         known = self._series.pop(series) if series in self._series else _Series(series)
         messages: list[Message] = []
         if known.config is not None:
@@ -255,7 +257,7 @@ def _brief(reason: str) -> str:
     return reason if len(reason) <= 300 else f"{reason[:200]} ... {reason[-80:]}"
 
 
-def _announced(series: SeriesId, entries: Mapping[str, memoryview], header: bytes) -> _Series:
+def _said(series: SeriesId, entries: Mapping[str, memoryview], header: bytes) -> _Series:
     """What a start message says of its frames. Raises ``ProtocolError`` for pixels that are not supported."""
     config = {key: cbor.plain(cbor.load(entries.get(key))) for key in _START_KEYS}
     config.update((key, cbor.load(entries.get(key), len(header))) for key in _ARRAYS)

@@ -22,8 +22,8 @@ import numpy as np
 
 from detectors.errors import ConfigurationError, ProtocolError
 from detectors.messages import (
+    Announced,
     Encoding,
-    FrameBlock,
     Message,
     OutgoingMessage,
     ReceivedBatch,
@@ -33,6 +33,7 @@ from detectors.messages import (
     Undecodable,
 )
 from detectors.protocols import merlin_headers as headers
+from detectors.protocols.gathering import Gathering
 from detectors.protocols.merlin_framing import PREFIX_BYTES, framing, message, payload_of, prefix
 from detectors.protocols.merlin_headers import AcquisitionHeader, FrameHeader
 
@@ -58,23 +59,43 @@ _BINARY = {np.dtype("u1"): ("U08", 6), np.dtype("<u2"): ("U16", 12), np.dtype("<
 class Decoder:
     """Sans-IO decoder: see ``detectors.messages.StreamDecoder``. Takes messages with and without their prefix.
 
-    Merlin has no series number: the series is the HDR's time stamp and how many acquisitions this decoder has seen. The
-    same HDR again while its acquisition goes on changes nothing; where the sequence numbers begin anew after it, it is
-    a new acquisition. Frames without HDR (connected in the middle) are a series of unknown length. A series ends with
-    the batch in which its last sequence number came, whether or not frames were lost before.
+    Merlin has no series number: the series is the HDR's time stamp and how many acquisitions this decoder has seen. It
+    says neither what an HDR is for nor when an acquisition is over, so that both are **concluded from the sequence
+    numbers of the frames**. What is remembered between messages:
+
+    ========================  =================================================================================
+    ``_hdr``, ``_about``      the HDR in force; empty, if it was missed
+    ``_announced``            the id of the series that it announced, until that has a frame
+    ``_start``                the series under way, or ended last; None between an HDR and its first frame
+    ``_highest``, ``_ended``  its largest sequence number; whether its end was told
+    ``_repeated``             the HDR of ``_start`` came again, and no frame has yet told why
+    ``_like``                 the last frame's header, for the quick way through the next one's
+    ========================  =================================================================================
+
+    ==================================  =======================================================================
+    another HDR, or any after the end   ``Announced``; a series that is under way is over, without an end
+    the same HDR, no frame so far       nothing
+    the same HDR again, later           ``_repeated``: the next full header decides
+    first frame of an HDR, or of none   ``SeriesStart`` (without HDR its length is unknown), then the frame
+    frame after ``_repeated``           number above ``_highest``: the series **goes on**; else a new one begins
+    frame number 1 after the end        a new series, its HDR was lost (unless all it had was one frame)
+    other frames after the end          belong to the series that has ended
+    end of a batch, or an HDR           ``SeriesEnd`` if ``_highest`` is the last number, frames lost or not
+    ==================================  =======================================================================
     """
 
     def __init__(self) -> None:
         self._hdr = b""
         self._about = AcquisitionHeader({})
         self._acquisitions = 0
+        self._announced: str | None = None
         self._start: SeriesStart | None = None
         self._repeated = self._ended = False
         self._highest = 0
         self._like: _Likeness | None = None
 
     def feed(self, batch: ReceivedBatch) -> list[Message]:
-        run = _Run(batch, self._highest)
+        found = Gathering(batch)
         # Plain integers: a NumPy scalar costs ten times as much to take out.
         slab, offsets, lengths = batch.slab.data, batch.offsets.tolist(), batch.lengths.tolist()
         for parts in batch.messages():
@@ -85,22 +106,25 @@ class Decoder:
                 like = self._like
                 numbers = None if like is None else like.read(slab, offset, length)
                 if like is not None and numbers is not None:
-                    run.add(like.kind, *numbers, offset + length)
+                    sequence, time_ns = numbers
+                    if sequence > self._highest:
+                        self._highest = sequence
+                    size = like.payload_bytes
+                    found.add(like.series, like.encoding, sequence - 1, offset + length - size, size, time_ns)
                 else:
-                    self._look(slab[offset : offset + length], offset + length, run)
+                    self._look(slab[offset : offset + length], offset + length, found)
             except ProtocolError as error:
-                run.close()
-                run.messages.append(Undecodable(str(error)))
-        self._end_if_complete(run)
-        self._highest = run.highest
-        return run.messages
+                found.say(Undecodable(str(error)))
+        self._end_if_complete(found)
+        found.close()
+        return found.messages
 
-    def _look(self, data: memoryview, end: int, run: _Run) -> None:
+    def _look(self, data: memoryview, end: int, found: Gathering) -> None:
         """Take an HDR, or a frame whose header is not like the last one's; ``end``: where it ends in the slab."""
         payload = payload_of(data)
         if payload[:4] == b"HDR,":
-            self._end_if_complete(run)
-            self._announced(bytes(payload))
+            self._end_if_complete(found)
+            self._take_hdr(bytes(payload), found)
             return
         header = headers.parse_frame_header(payload, self._about.counter_depth)
         size = payload.nbytes - header.data_offset
@@ -109,11 +133,8 @@ class Decoder:
                 f"a Merlin frame of {header.width}x{header.height} {header.dtype_name} pixels has "
                 f"{header.payload_bytes} bytes of them, this one {size}"
             )
-        if self._begins(header, run.highest):
-            run.close()
-            run.highest = 0
-            self._start = self._new_series(header)
-            run.messages.append(self._start)
+        if self._begins(header):
+            found.say(self._begin(header))
         start = self._start
         assert start is not None
         if (header.detector_shape, header.dtype) != (start.detector_shape, start.dtype):
@@ -121,19 +142,18 @@ class Decoder:
                 f"a Merlin frame of {_described(header.detector_shape, header.dtype)} in a series of "
                 f"{_described(start.detector_shape, start.dtype)}"
             )
-        kind = start.series, header.encoding, size
-        run.add(kind, header.sequence, header.timestamp_ns, end)
-        self._like = None if self._ended else _Likeness.of(data, kind)
+        self._highest = max(self._highest, header.sequence)
+        found.add(start.series, header.encoding, header.sequence - 1, end - size, size, header.timestamp_ns)
+        self._like = None if self._ended else _Likeness.of(data, start.series, header.encoding, size)
 
-    def _end_if_complete(self, run: _Run) -> None:
+    def _end_if_complete(self, found: Gathering) -> None:
         """Merlin does not say that an acquisition is over, but how many frames it has."""
-        run.close()
         frames = None if self._start is None else self._start.frames
-        if self._start is not None and frames is not None and run.highest >= frames and not self._ended:
+        if self._start is not None and frames is not None and self._highest >= frames and not self._ended:
             self._ended, self._like = True, None
-            run.messages.append(SeriesEnd(self._start.series))
+            found.say(SeriesEnd(self._start.series))
 
-    def _announced(self, hdr: bytes) -> None:
+    def _take_hdr(self, hdr: bytes, found: Gathering) -> None:
         about = headers.parse_acquisition_header(hdr)
         self._like = None  # what it means shows in the next frame
         if hdr == self._hdr and not self._ended:
@@ -141,90 +161,38 @@ class Decoder:
             return
         self._hdr, self._about, self._start = hdr, about, None
         self._repeated = self._ended = False
+        self._announced = self._new_id()
+        found.say(Announced(self._announced))
 
-    def _begins(self, header: FrameHeader, highest: int) -> bool:
+    def _begins(self, header: FrameHeader) -> bool:
         """Whether a series begins with this frame."""
         if self._start is None:
             return True
-        anew, self._repeated = self._repeated and header.sequence <= highest, False
+        anew, self._repeated = self._repeated and header.sequence <= self._highest, False
         if self._ended and header.sequence == 1 < (self._start.frames or 1):  # a new acquisition, its HDR lost
             self._hdr, self._about, self._ended, anew = b"", AcquisitionHeader({}), False, True
         return anew
 
-    def _new_series(self, header: FrameHeader) -> SeriesStart:
-        self._acquisitions += 1
-        about = self._about
-        known = {
-            "detector": "Merlin",
-            "detector_number": about.text("Chip ID"),
-            "software_version": about.text("Software Version"),
-            "began": about.time_stamp,
-            "trigger_start": about.text("Trigger Start"),
-            "trigger_stop": about.text("Trigger Stop"),
-            "counter_depth": header.counter_depth or about.counter_depth,
-            "thresholds_kev": about.thresholds_kev or [energy for energy in header.thresholds_kev if energy],
-            "count_time_s": header.shutter_ns * 1e-9,
-            "frames_per_trigger": about.frames_per_trigger if (about.frames_per_trigger or 1) > 1 else None,
-        }
-        return SeriesStart(
-            f"{about.time_stamp or 'acquisition'} #{self._acquisitions}",
+    def _begin(self, header: FrameHeader) -> SeriesStart:
+        self._start = SeriesStart(
+            self._announced or self._new_id(),
             header.detector_shape,
             header.dtype,
-            about.scan_shape,
-            about.frames,
-            {key: value for key, value in known.items() if value},
+            self._about.scan_shape,
+            self._about.frames,
+            headers.settings_of(self._about, header),
             (message(self._hdr),) if self._hdr else (),
         )
+        self._announced, self._highest = None, 0
+        return self._start
+
+    def _new_id(self) -> str:
+        self._acquisitions += 1
+        return f"{self._about.time_stamp or 'acquisition'} #{self._acquisitions}"
 
 
 def _described(shape: tuple[int, int], dtype: np.dtype) -> str:
     return f"{shape[0]}x{shape[1]} {dtype.name}"
-
-
-#: What the frames of a block have in common: series, encoding, bytes of pixels.
-_Kind = tuple[SeriesId, Encoding, int]
-
-
-class _Run:
-    """Consecutive frames of one kind, gathered into one block."""
-
-    def __init__(self, batch: ReceivedBatch, highest: int) -> None:
-        self.batch = batch
-        self.messages: list[Message] = []
-        self.highest = highest
-        """the series' largest sequence number"""
-        self._kind: _Kind | None = None
-        self._sequence: list[int] = []
-        self._times: list[int | None] = []
-        self._ends: list[int] = []
-
-    def add(self, kind: _Kind, sequence: int, time_ns: int | None, end: int) -> None:
-        """A frame whose pixels end at ``end`` in the slab."""
-        if kind != self._kind:
-            self.close()
-            self._kind = kind
-        if sequence > self.highest:
-            self.highest = sequence
-        self._sequence.append(sequence)
-        self._times.append(time_ns)
-        self._ends.append(end)
-
-    def close(self) -> None:
-        if self._kind is None or not self._sequence:
-            return
-        series, encoding, size = self._kind
-        block = FrameBlock(
-            series,
-            encoding,
-            np.array(self._sequence, np.int64) - 1,
-            np.array(self._ends, np.int64) - size,
-            np.full(len(self._ends), size, np.int64),
-            self.batch.slab,
-            self.batch.time_ns,
-            None if None in self._times else np.array(self._times, np.int64),
-        )
-        self.messages.append(block)
-        self._sequence, self._times, self._ends = [], [], []
 
 
 _CHANGING = re.compile(
@@ -240,7 +208,9 @@ class _Likeness:
     and of their nine decimals. ``minute_ns`` is what the seconds count from.
     """
 
-    kind: _Kind
+    series: SeriesId
+    encoding: Encoding
+    payload_bytes: int
     message_bytes: int
     header_bytes: int
     fixed: tuple[tuple[slice, bytes], ...]
@@ -250,9 +220,9 @@ class _Likeness:
     minute_ns: int
 
     @classmethod
-    def of(cls, data: memoryview, kind: _Kind) -> _Likeness | None:
+    def of(cls, data: memoryview, series: SeriesId, encoding: Encoding, payload_bytes: int) -> _Likeness | None:
         """From a message that was read in full; None where its header has no time in ns (old software)."""
-        head = bytes(data[: data.nbytes - kind[2]])
+        head = bytes(data[: data.nbytes - payload_bytes])
         match = _CHANGING.match(head, head.startswith(b"MPX,") * PREFIX_BYTES)
         minute_ns = None if match is None else headers.nanoseconds(match[4] + b"00")
         if match is None or minute_ns is None:
@@ -260,7 +230,10 @@ class _Likeness:
         number, layout, clock, minute, seconds, fraction, rest = (slice(*match.span(group)) for group in range(1, 8))
         fixed = slice(0, number.start), layout, slice(clock.start, minute.stop), rest
         held = tuple((place, head[place]) for place in fixed)
-        return cls(kind, data.nbytes, match.end(), held, number, seconds, fraction, minute_ns)
+        return cls(
+            *(series, encoding, payload_bytes, data.nbytes, match.end()),
+            *(held, number, seconds, fraction, minute_ns),
+        )
 
     def read(self, slab: memoryview, offset: int, length: int) -> tuple[int, int] | None:
         """Sequence number and time [ns] of a message, if it is of this likeness."""

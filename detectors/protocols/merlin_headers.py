@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -290,6 +291,23 @@ def _calendar(ns: int) -> datetime:
 def _thresholds(*values: float) -> str:
     """Eight energies [keV]."""
     return ",".join(f"{value:.6E}".replace("E+0", "E+") for value in (*values, *[0.0] * 8)[:8])
+
+
+def settings_of(about: AcquisitionHeader, header: FrameHeader) -> dict[str, Any]:
+    """The settings that the headers of an acquisition and of its first frame tell, without those that are unknown."""
+    known = {
+        "detector": "Merlin",
+        "detector_number": about.text("Chip ID"),
+        "software_version": about.text("Software Version"),
+        "began": about.time_stamp,
+        "trigger_start": about.text("Trigger Start"),
+        "trigger_stop": about.text("Trigger Stop"),
+        "counter_depth": header.counter_depth or about.counter_depth,
+        "thresholds_kev": about.thresholds_kev or [energy for energy in header.thresholds_kev if energy],
+        "count_time_s": header.shutter_ns * 1e-9,
+        "frames_per_trigger": about.frames_per_trigger if (about.frames_per_trigger or 1) > 1 else None,
+    }
+    return {key: value for key, value in known.items() if value}
 
 
 def _count(field: bytes, what: str, largest: int) -> int:

@@ -10,7 +10,6 @@ The payload is a part of its own so that neither side ever copies it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import msgpack
@@ -19,7 +18,6 @@ import numpy as np
 from detectors.errors import ProtocolError
 from detectors.messages import (
     Encoding,
-    FrameBlock,
     Message,
     OutgoingMessage,
     ReceivedBatch,
@@ -28,6 +26,7 @@ from detectors.messages import (
     SeriesStart,
     Undecodable,
 )
+from detectors.protocols.gathering import Gathering
 
 _T = TypeVar("_T")
 
@@ -66,32 +65,30 @@ class Decoder:
     """Sans-IO decoder: see ``detectors.messages.StreamDecoder``. It keeps no state between batches."""
 
     def feed(self, batch: ReceivedBatch) -> list[Message]:
-        messages: list[Message] = []
-        run = _Run(batch)
-        slab = batch.slab.data
+        found = Gathering(batch)
+        # Plain integers: a NumPy scalar costs ten times as much to take out.
+        slab, offsets, lengths = batch.slab.data, batch.offsets.tolist(), batch.lengths.tolist()
         for parts in batch.messages():
             header: Mapping[str, Any] = {}
             try:
-                first = run.part_offsets[parts[0]]
-                header = _unpack(slab[first : first + run.part_lengths[parts[0]]])
+                first = offsets[parts[0]]
+                header = _unpack(slab[first : first + lengths[parts[0]]])
                 kind = header["type"]
                 if kind == "frames":
-                    run.add(header, parts, messages)
+                    _frames(header, parts, offsets, lengths, found)
                     continue
-                run.close(messages)
                 if len(parts) != 1:
                     raise ProtocolError(f"a {kind!r} message has 1 part, this one has {len(parts)}")
                 if kind == "start":
-                    messages.append(_start(header, bytes(batch.part(parts[0]))))
+                    found.say(_start(header, bytes(batch.part(parts[0]))))
                 elif kind == "end":
-                    messages.append(SeriesEnd(_series(header), (bytes(batch.part(parts[0])),)))
+                    found.say(SeriesEnd(_series(header), (bytes(batch.part(parts[0])),)))
                 else:
                     raise ProtocolError(f"unknown message type {kind!r}; known are start, frames, end")
             except ProtocolError as error:
-                run.close(messages)
-                messages.append(Undecodable(_brief(str(error)), _claimed_frames(header)))
-        run.close(messages)
-        return messages
+                found.say(Undecodable(_brief(str(error)), _claimed_frames(header)))
+        found.close()
+        return found.messages
 
 
 def _claimed_frames(header: Mapping[str, Any]) -> int:
@@ -105,47 +102,18 @@ def _brief(reason: str) -> str:
     return reason if len(reason) <= 300 else f"{reason[:200]} ... {reason[-80:]}"
 
 
-class _Run:
-    """Consecutive frames messages of one series and encoding, gathered into one block."""
-
-    def __init__(self, batch: ReceivedBatch) -> None:
-        self.batch = batch
-        # Plain integers, here and below: a NumPy scalar costs ten times as much to take out.
-        self.part_offsets, self.part_lengths = batch.offsets.tolist(), batch.lengths.tolist()
-        self.key: tuple[SeriesId, Encoding] | None = None
-        self.indices: list[int] = []
-        self.offsets: list[int] = []
-        self.sizes: list[int] = []
-
-    def add(self, header: Mapping[str, Any], parts: range, messages: list[Message]) -> None:
-        if len(parts) != 2:
-            raise ProtocolError(f"a 'frames' message has 2 parts (header, payload), this one has {len(parts)}")
-        first = _integer(header, "first", 0, _LARGEST_INDEX)
-        count = _integer(header, "count", 1, _MAX_FRAMES_PER_MESSAGE)
-        encoding = _choice(header, "encoding", ENCODINGS)
-        offset, length = self.part_offsets[parts[1]], self.part_lengths[parts[1]]
-        sizes = _sizes(header, count, length)
-        key = (_series(header), encoding)
-        if key != self.key:
-            self.close(messages)
-            self.key = key
-        if count == 1:
-            self.indices.append(first)
-            self.offsets.append(offset)
-            self.sizes.append(length)
-        else:
-            self.indices.extend(range(first, first + count))
-            self.offsets.extend(accumulate(sizes[:-1], initial=offset))
-            self.sizes.extend(sizes)
-
-    def close(self, messages: list[Message]) -> None:
-        if self.key is None:
-            return
-        series, encoding = self.key
-        indices, offsets, sizes = (np.array(values, np.int64) for values in (self.indices, self.offsets, self.sizes))
-        messages.append(FrameBlock(series, encoding, indices, offsets, sizes, self.batch.slab, self.batch.time_ns))
-        self.key = None
-        self.indices, self.offsets, self.sizes = [], [], []
+def _frames(header: Mapping[str, Any], parts: range, offsets: list[int], lengths: list[int], found: Gathering) -> None:
+    if len(parts) != 2:
+        raise ProtocolError(f"a 'frames' message has 2 parts (header, payload), this one has {len(parts)}")
+    first = _integer(header, "first", 0, _LARGEST_INDEX)
+    count = _integer(header, "count", 1, _MAX_FRAMES_PER_MESSAGE)
+    encoding = _choice(header, "encoding", ENCODINGS)
+    offset, length = offsets[parts[1]], lengths[parts[1]]
+    sizes = _sizes(header, count, length)
+    if count == 1:
+        found.add(_series(header), encoding, first, offset, length)
+    else:
+        found.extend(_series(header), encoding, first, offset, sizes)
 
 
 def _unpack(part: memoryview) -> Mapping[str, Any]:

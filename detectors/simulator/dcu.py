@@ -26,10 +26,10 @@ from aiohttp import web
 
 from detectors.errors import ConfigurationError, ConnectionFailed
 from detectors.messages import SeriesId, SeriesStart
+from detectors.protocols.dectris import FORMATS
 from detectors.simulator.dcu_keys import READOUT_S, VERSION, Key, dcu_keys
 from detectors.simulator.source import FrameSource, Payload
 
-_FORMATS = {"dectris-v1": "legacy", "dectris-v2": "cbor"}
 _EXTERNAL = ("exts", "exte")
 #: A series that is ended has to be given up by the sender within so long [s].
 _ENDING_S = 5.0
@@ -72,8 +72,8 @@ class SimulatedDCU:
         initialised: bool = True,
         pulses_after_s: float = 0.2,
     ) -> None:
-        if protocol not in _FORMATS:
-            raise ConfigurationError(f"a simulated DCU speaks {' or '.join(_FORMATS)}, not {protocol}")
+        if protocol not in FORMATS:
+            raise ConfigurationError(f"a simulated DCU speaks {' or '.join(FORMATS)}, not {protocol}")
         self.state = "idle" if initialised else "na"
         self.dropped = 0
         self.url = ""
@@ -83,7 +83,7 @@ class SimulatedDCU:
         self._series: _Series | None = None
         self._served: _Series | None = None
         self._armed: asyncio.Queue[_Series] = asyncio.Queue()
-        self._config = dcu_keys(source, _FORMATS[protocol], frame_time_s)
+        self._config = dcu_keys(source, FORMATS[protocol], frame_time_s)
 
     def __getitem__(self, key: str) -> Any:
         """A configuration value, as ``detector/nimages``."""

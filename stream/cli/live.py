@@ -210,9 +210,9 @@ async def run_session(
                     beside.cancel()
                     await asyncio.gather(beside, return_exceptions=True)
         if session.result is not None:
-            report_result(session.result, options.output)
-            if options.record is not None:
-                console.print(f"recording in [bold]{options.record}[/bold]")
+            report_result(session.result, session.saved)
+            if session.recorded is not None:
+                console.print(f"recording in [bold]{session.recorded}[/bold]")
         return session.incomplete
 
 

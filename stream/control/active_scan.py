@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from detectors.errors import ConfigurationError, LiveptychoError
-from detectors.messages import FrameBlock, Message, SeriesEnd, SeriesId, SeriesStart
+from detectors.messages import Announced, FrameBlock, Message, SeriesEnd, SeriesId, SeriesStart
 from stream.intake import Silence
 from stream.scan import ScanPattern
 
@@ -71,6 +71,10 @@ class ScanPlan:
                 "a line trigger needs lines of equal length: no position table, no flyback_frames_per_pass"
             )
         line = scan.shape[1] + scan.flyback_frames_per_row
+        if trigger == "line" and scan.frames_in(passes) % line:
+            raise ConfigurationError(
+                f"a line trigger brings whole lines of {line} frames; start_offset {scan.start_offset} does not fit"
+            )
         return cls(trigger, scan.frames_in(passes), line, count_time_s, frame_time_s)
 
 
@@ -183,12 +187,18 @@ class ActiveScan:
         self._started: SeriesId | None = None
         self._latest = 0.0
         self._frames = 0
-        self._flushed = False
+        self._flushed = self._announced = False
+        self._ending: asyncio.Task[Finished] | None = None
 
     async def prepare(self) -> Prepared:
         """Configure the detector. Raises ``LiveptychoError`` when that cannot be."""
         self._prepared = await self._control.prepare(self.plan)
         return self._prepared
+
+    @property
+    def begun(self) -> bool:
+        """Whether arming has begun."""
+        return self._arming is not None
 
     @property
     def series(self) -> SeriesId | None:
@@ -207,9 +217,11 @@ class ActiveScan:
                     f"the detector is idle, but its stream has not been silent for {_DRAIN_S:.0f} s: does the address "
                     "belong to another detector, or does another program send there?"
                 )
-            elif isinstance(item, SeriesStart | FrameBlock | SeriesEnd):
+            elif isinstance(item, Announced | SeriesStart | FrameBlock | SeriesEnd):
                 self._stale.add(item.series)
             return False
+        if isinstance(item, Announced):
+            self._announced |= item.series not in self._stale
         if isinstance(item, SeriesStart):
             # The header may be faster than the answer that says its number.
             return self._is_ours(item, await asyncio.shield(self._arming))
@@ -227,7 +239,7 @@ class ActiveScan:
         self.waiting_for = "the detector to be armed"
         series = await self._control.arm()
         self._latest = self._clock()
-        self.waiting_for = "the header of the series"
+        self.waiting_for = "the header of the series" if self.plan.trigger == "software" else self._next
         if self.plan.trigger == "software":
             # A task of its own: the command is answered when the series is over.
             self._triggering = asyncio.create_task(self._control.trigger(), name="trigger")
@@ -268,7 +280,7 @@ class ActiveScan:
         # Once frames come, the command was heard: a connection may break off during a long series.
         if failed and not self._frames:
             return failed
-        if self._started is None:
+        if self._started is None and not self._announced:
             return (
                 f"the detector was armed, but the header of its series did not come within {_HEADER_S:.0f} s: is the "
                 "address that of its stream, and is another client connected, which took it?"
@@ -282,7 +294,10 @@ class ActiveScan:
                 return f"the detector was triggered, but no frame came for {patience:.0f} s{because}"
         elif self._frames == self.plan.frames - 1 and silent > _FLUSH_S and self._frames and not self._flushed:
             self._flushed = True
-            await self._control.flush()
+            try:
+                await self._control.flush()
+            except LiveptychoError as error:  # one frame fewer is no reason to lose the others
+                logger.warning("the last frame could not be asked for: %s", error)
         return ""
 
     def _trigger_failure(self) -> str:
@@ -297,8 +312,14 @@ class ActiveScan:
     async def end(self, *, at_once: bool = False) -> Finished:
         """Leave the detector idle, whatever the series came to; ``at_once``: what it still holds is lost.
 
-        Never raises ``LiveptychoError``: what failed is in the message.
+        Never raises ``LiveptychoError``: what failed is in the message. Goes on when whoever waits for it is cancelled;
+        called again, it waits for the first call's end.
         """
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end(at_once), name="disarm")
+        return await asyncio.shield(self._ending)
+
+    async def _end(self, at_once: bool) -> Finished:
         arming, self._arming = self._arming, None
         try:
             if arming is None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Self
 
 from detectors.addresses import host_and_port, shown_address, why
-from detectors.errors import ConfigurationError, ConnectionFailed, ProtocolError
+from detectors.errors import ConfigurationError, ConnectionFailed, LiveptychoError, ProtocolError
 from detectors.messages import SeriesId
 from detectors.protocols.merlin_control import BUSY, OK, PORT, TRIGGERS, Reply, Request, parse_reply, reply_framing
 from stream.control.active_scan import DetectorFacts, Finished, Prepared, ScanPlan
@@ -86,7 +86,13 @@ class MerlinControl:
         return Prepared(frame_time_s)
 
     async def arm(self) -> SeriesId:
-        await self._command("STARTACQUISITION")
+        try:
+            await self._command("STARTACQUISITION")
+        except ConnectionFailed:
+            # The answer was lost, and not the command: it must not stay armed.
+            with suppress(LiveptychoError):
+                await self.abort()
+            raise
         self._armed += 1
         return f"started here #{self._armed}"
 

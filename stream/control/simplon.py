@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 import numpy as np
@@ -24,14 +25,11 @@ _READY_S = 20.0
 _IDLE_S = 1.0
 _POLL_S = 0.05
 
-#: What the stream's format is called over REST, for each protocol.
-_FORMATS = {"dectris-v1": "legacy", "dectris-v2": "cbor"}
-
 _HOLDERS = "another client (GMS, NOVENA, Nion Swift, LiberTEM, ...)"
 
 _FACTS = (
     *("x_pixels_in_detector", "y_pixels_in_detector", "bit_depth_image", "incident_energy", "photon_energy"),
-    *("description", "detector_number", "eiger_fw_version", "software_version", "trigger_mode", "nimages", "ntrigger"),
+    *("description", "detector_number", "eiger_fw_version", "software_version", "trigger_mode"),
     *("count_time", "frame_time", "threshold_energy", "flatfield_correction_applied"),
 )
 _THRESHOLDS = 4
@@ -41,12 +39,12 @@ class SimplonControl:
     """A DECTRIS detector over SIMPLON: see ``DetectorControl``. ``protocol``: that of its stream."""
 
     def __init__(self, url: str, protocol: str) -> None:
-        if protocol not in _FORMATS:
+        if protocol not in dectris.FORMATS:
             raise ConfigurationError(
-                f"a SIMPLON detector's stream is {' or '.join(_FORMATS)}, not {protocol}: choose with --protocol"
+                f"a SIMPLON detector's stream is {' or '.join(dectris.FORMATS)}, not {protocol}: choose with --protocol"
             )
         self._dcu = Simplon(url)
-        self._protocol, self._format = protocol, _FORMATS[protocol]
+        self._protocol, self._format = protocol, dectris.FORMATS[protocol]
 
     async def __aenter__(self) -> Self:
         await self._dcu.__aenter__()
@@ -82,9 +80,9 @@ class SimplonControl:
                 "the detector's stream is switched off (stream/config/mode is disabled): enable it in the detector's "
                 "software"
             )
-        if stream["format"] in _FORMATS.values() and stream["format"] != self._format:
+        if stream["format"] in dectris.FORMATS.values() and stream["format"] != self._format:
             told = stream["format"]
-            other = next(name for name, format_ in _FORMATS.items() if format_ == told)
+            other = next(name for name, format_ in dectris.FORMATS.items() if format_ == told)
             out.append(f"the stream's format is {told}: use --protocol {other}, or switch the DCU to {self._format}")
         return out
 
@@ -171,7 +169,8 @@ class SimplonControl:
             except Refused as error:
                 problem = str(error)
         if problem and must:
-            advice = "use --protocol dectris-v1" if key == "format" and value == "cbor" else "choose another --trigger"
+            other = "dectris-v1" if value == "cbor" else "dectris-v2"
+            advice = f"use --protocol {other}" if key == "format" else "choose another --trigger"
             raise ConfigurationError(
                 f"the detector cannot be set up for this scan: {problem}"
                 + (f"; {advice}" if key in ("format", "trigger_mode") else "")
@@ -198,14 +197,24 @@ class SimplonControl:
         )
 
     async def arm(self) -> SeriesId:
-        series = await self._dcu.arm()
+        try:
+            series = await self._dcu.arm()
+            await self._await_ready()
+        except LiveptychoError as error:
+            # Whether it was armed is not known, or it was: it must not stay so.
+            if not isinstance(error, Refused):
+                with suppress(LiveptychoError):
+                    await self.abort()
+            raise
+        return series
+
+    async def _await_ready(self) -> None:
         # Where the state is not told, or has gone on already, there is nothing to wait for.
         state = await self._left(_READY_S, "configure", "initialize")
         if state in ("configure", "initialize"):
             raise ConnectionFailed(f"the detector was armed, but is still in state {state} after {_READY_S:.0f} s")
         if state == "error":
             raise ConfigurationError(self._not_idle(state))
-        return series
 
     async def _left(self, seconds: float, *states: str) -> str | None:
         """Wait until the detector's state is none of ``states``, or for ``seconds``: the state then."""

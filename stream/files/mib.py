@@ -16,10 +16,10 @@ from detectors.errors import DataFileError, ProtocolError
 from detectors.messages import FrameBlock
 from detectors.protocols.merlin_headers import (
     AcquisitionHeader,
-    FrameHeader,
     nanoseconds,
     parse_acquisition_header,
     parse_frame_header,
+    settings_of,
 )
 from stream.files.dataset import BLOCK_BYTES, Dataset4D, Part, most_frames, spans
 
@@ -66,7 +66,7 @@ class MibFrames(Dataset4D):
         if about.frames is not None and about.frames != frames:
             notes.append(f"the acquisition was set to {about.frames} frames, the file has {frames}")
         self.notes = tuple(notes)
-        self.settings = _settings(about, header)
+        self.settings = settings_of(about, header)
         self.scan_shape = about.scan_shape
         per_trigger = about.frames_per_trigger or 1
         if self.scan_shape is None and 1 < per_trigger < frames and frames % per_trigger == 0:
@@ -145,19 +145,3 @@ def _exposed_ns(heads: list[bytes]) -> np.ndarray | None:
             return None
         times.append(time_ns)
     return np.array(times, np.int64)
-
-
-def _settings(about: AcquisitionHeader, header: FrameHeader) -> dict[str, object]:
-    known = {
-        "detector": "Merlin",
-        "detector_number": about.text("Chip ID"),
-        "software_version": about.text("Software Version"),
-        "began": about.time_stamp,
-        "trigger_start": about.text("Trigger Start"),
-        "trigger_stop": about.text("Trigger Stop"),
-        "counter_depth": header.counter_depth or about.counter_depth,
-        "thresholds_kev": about.thresholds_kev or [energy for energy in header.thresholds_kev if energy],
-        "count_time_s": header.shutter_ns * 1e-9,
-        "frames_per_trigger": about.frames_per_trigger if (about.frames_per_trigger or 1) > 1 else None,
-    }
-    return {key: value for key, value in known.items() if value}

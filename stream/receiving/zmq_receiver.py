@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Self
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from detectors.addresses import why
 from detectors.errors import ConfigurationError, ConnectionFailed
@@ -32,6 +34,16 @@ class _ZmqChannel(Channel):
         super().__init__(index, address)
         self.socket = socket
         self.readable = asyncio.Event()
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._peers = 0
+
+    @property
+    def connected(self) -> bool:
+        with suppress(zmq.Again):
+            while True:
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"]
+                self._peers = max(0, self._peers + (1 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else -1))
+        return self._peers > 0
 
     def drain(self, slab: Slab) -> tuple[int, int]:
         """Receive up to ``_DRAIN_PARTS`` parts without waiting; returns (parts received, messages too large)."""
@@ -69,6 +81,14 @@ class ZmqReceiver(Receiver):
             raise ConfigurationError(f"unknown socket pattern {pattern!r}; known are {', '.join(PATTERNS)}")
         super().__init__(addresses)
         self._bind, self._pattern = bind, pattern
+
+    @property
+    def link(self) -> str:
+        return "; ".join(
+            f"no connection to {c.address} yet"
+            for c in self._channels
+            if isinstance(c, _ZmqChannel) and not c.connected
+        )
 
     async def __aenter__(self) -> Self:
         self._context = zmq.Context()

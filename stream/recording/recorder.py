@@ -63,6 +63,11 @@ class Recorder:
         self._waiting = 0
         self._flushed = time.monotonic()
         prepare()
+        if start.frame_bytes >= 1 << 32:
+            raise DataFileError(
+                f"{self.path}: a frame of {start.frame_bytes / 1e9:.0f} GB cannot be recorded; the detector's shape "
+                f"{start.detector_shape} is hardly meant"
+            )
         existed = self.path.exists()
         try:
             # Without a chunk cache, what does not fit on the disk fails at the write; HDF5 crashes when it fails later,
