@@ -10,6 +10,7 @@ import pytest
 
 from detectors.messages import Encoding
 from detectors.protocols.registry import PROTOCOLS
+from detectors.simulator.sender import Exposures
 from stream.api import Result
 from stream.config import Layer
 from stream.recording import open_recording
@@ -48,6 +49,21 @@ def assert_same(result: Result, wanted: Result) -> None:
     for name in ("bright_field", "dark_field", "mean_pattern"):
         np.testing.assert_array_equal(result.images[name], wanted.images[name])
     np.testing.assert_allclose(result.object, wanted.object, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("protocol", ["dectris-v1", "dectris-v2", "merlin"])
+async def test_rows_are_found_in_the_time_stamps(protocol: str) -> None:
+    """Free running: nothing but the pause after each row tells where the next one begins."""
+    spoken = PROTOCOLS[protocol]
+    wanted = await live(protocol, next(iter(spoken.encodings.values())))
+    exposures = Exposures(frame_time_ns=100_000, columns=SCAN.scan_shape[1], row_pause_ns=450_000)
+    options = {"encoding": next(iter(spoken.encodings.values())), "protocol": protocol, "exposures": exposures}
+    async with serving(**options) as (endpoint, sending):
+        flags = Layer.of("flag", {**FLAGS, "row_starts": "time-gaps"})
+        session, _ = await run_session(live_options(endpoint, protocol=protocol, layers=[flags]))
+        await patiently(sending)
+    assert session.result is not None
+    assert_same(session.result, wanted)
 
 
 @pytest.mark.parametrize(("protocol", "encoding"), WAYS)

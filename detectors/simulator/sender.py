@@ -71,6 +71,22 @@ class Trigger(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Exposures:
+    """The simulated detector's clock: a frame every ``frame_time_ns``, and a pause after each row of ``columns``."""
+
+    frame_time_ns: int
+    columns: int = 1
+    row_pause_ns: int = 0
+
+    def begin_ns(self, first: int, count: int) -> list[int]:
+        """When the exposures of ``count`` frames from number ``first`` on begin [ns]."""
+        return [
+            number * self.frame_time_ns + number // self.columns * self.row_pause_ns
+            for number in range(first, first + count)
+        ]
+
+
 async def serve(
     source: FrameSource,
     address: str,
@@ -85,6 +101,7 @@ async def serve(
     misbehaviour: Misbehaviour | None = None,
     trigger: Trigger | None = None,
     ready: Callable[[str], object] | None = None,
+    exposures: Exposures | None = None,
     progress: Callable[[SendReport], object] | None = None,
     subscriber_wait_s: float = 5.0,
     linger_s: float = 60.0,
@@ -100,6 +117,8 @@ async def serve(
     ``subscriber_wait_s`` and repeats the start message about once a second for those who come later; a subscriber that
     falls behind slows the sender down and loses nothing.
 
+    ``exposures``: the time stamps that the frames carry, in protocols that have any.
+
     With a ``trigger``, the source is sent once for every series that is armed there, under the id given there, and the
     report is about all of them together.
 
@@ -113,7 +132,7 @@ async def serve(
     spoken = protocol_named(protocol)
     wire = open_wire(spoken, address, pattern=pattern, bind=bind)
     counts = MisbehaviourCounts()
-    sending = _Sending(wire, spoken.encoder(), source.encoding, rate, counts, trigger, progress)
+    sending = _Sending(wire, spoken.encoder(), source.encoding, rate, counts, trigger, progress, exposures)
     try:
         if ready is not None:
             ready(wire.endpoint)
@@ -149,8 +168,9 @@ class _Sending:
         counts: MisbehaviourCounts,
         trigger: Trigger | None,
         progress: Callable[[SendReport], object] | None,
+        exposures: Exposures | None,
     ) -> None:
-        self.wire, self.encoder, self.encoding = wire, encoder, encoding
+        self.wire, self.encoder, self.encoding, self.exposures = wire, encoder, encoding, exposures
         self.rate, self.counts, self.trigger, self.progress = rate, counts, trigger, progress
         self.start_messages: list[OutgoingMessage] = []
         self.frames = self.messages = self.payload_bytes = 0
@@ -221,7 +241,8 @@ class _Sending:
             payloads = group if self.trigger is None else group[: self.remaining]
             if not payloads:
                 return
-            messages = self.encoder.frames(series, first, payloads, self.encoding)
+            times = None if self.exposures is None else self.exposures.begin_ns(first, len(payloads))
+            messages = self.encoder.frames(series, first, payloads, self.encoding, exposed_ns=times)
             for message in messages:
                 if not self.wire.try_send(message) and not await self._put(message):
                     return

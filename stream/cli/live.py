@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,9 @@ from stream.record import record_stream
 from stream.session import Session
 from stream.session_options import SessionOptions
 from stream.snapshot import Snapshot
+
+#: A start that takes longer is explained [s].
+_LONG_START_S = 2.0
 
 DEFAULT_PUBLISH = "tcp://127.0.0.1:31010"
 
@@ -190,7 +194,7 @@ async def run_session(
 
     ``alongside`` is run beside it and ended with it.
     """
-    async with Session(options) as session:
+    async with patiently_opened(Session(options)) as session:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, session.stop)
@@ -200,8 +204,7 @@ async def run_session(
                 stack.enter_context(_ViewerProcess(session))
             if session.publish_endpoint is not None:
                 console.print(f"images are published on {session.publish_endpoint}", highlight=False)
-            verb = "bound" if options.bind else "connected to"
-            console.print(f"{verb} {', '.join(session.endpoints)}, waiting for a series", highlight=False)
+            console.print(f"listening at {', '.join(session.endpoints)}, waiting for a series", highlight=False)
             beside = None if alongside is None else asyncio.create_task(alongside(session), name="alongside")
             try:
                 await _show(session)
@@ -216,9 +219,28 @@ async def run_session(
         return session.incomplete
 
 
+@asynccontextmanager
+async def patiently_opened(session: Session) -> AsyncIterator[Session]:
+    """The session, entered; when that takes long, the user is told why."""
+
+    async def tell() -> None:
+        await asyncio.sleep(_LONG_START_S)
+        console.print("making ready: the first start after an installation compiles for up to half a minute ...")
+
+    telling = asyncio.create_task(tell())
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(session)
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+        yield session
+
+
 async def _show(session: Session) -> None:
     """One line in the terminal, refreshed while snapshots come; what the engine holds is said once."""
     told: object = None
+    said = session.snapshot.message
     with Live(console=console, refresh_per_second=4, transient=True) as display:
         async for snapshot in session:
             run = session.reconstruction
@@ -232,6 +254,14 @@ async def _show(session: Session) -> None:
                     console.print(f"note: {note}", highlight=False, markup=False)
             if console.is_terminal:
                 display.update(status_line(snapshot))
+            elif snapshot.state == "waiting" and _without_numbers(snapshot.message) != _without_numbers(said):
+                said = snapshot.message
+                console.print(said, highlight=False, markup=False)
+
+
+def _without_numbers(message: str) -> str:
+    """A message that counts seconds is the same message."""
+    return re.sub(r"\d+", "", message)
 
 
 def status_line(snapshot: Snapshot) -> Text:

@@ -22,7 +22,7 @@ from detectors.protocols.registry import PROTOCOLS, protocol_named
 from detectors.simulator.dcu import SimulatedDCU
 from detectors.simulator.merlin_device import SimulatedMerlin
 from detectors.simulator.misbehaviour import Misbehaviour
-from detectors.simulator.sender import SendReport, serve
+from detectors.simulator.sender import Exposures, SendReport, serve
 from detectors.simulator.simulation import SimulatedScan
 from detectors.simulator.source import EncodedSource, FrameSource
 from stream.cli.live import run_session
@@ -66,6 +66,13 @@ def simulate(
         int | None,
         typer.Option(min=-(2**63), max=2**63 - 1, help="Series id. (default: seconds since 1970)", show_default=False),
     ] = None,
+    frame_time_us: Annotated[
+        float, typer.Option(min=0.001, help="Time from frame to frame by the frames' time stamps [µs].")
+    ] = 100.0,
+    row_pause_us: Annotated[
+        float,
+        typer.Option(min=0.0, help="Pause after each row by the time stamps [µs], as a flyback makes it."),
+    ] = 0.0,
     simplon: Annotated[
         str | None,
         typer.Option(
@@ -150,6 +157,9 @@ def simulate(
                     passes=wanted,
                     rate=per_second,
                     trigger=device,
+                    exposures=Exposures(
+                        round(frame_time_us * 1e3), (source.start(0).scan_shape or (1, 1))[1], round(row_pause_us * 1e3)
+                    ),
                     frames_per_message=frames_per_message,
                     misbehaviour=misbehaviour if misbehaviour != Misbehaviour(seed=seed) else None,
                     ready=lambda endpoint: console.print(
