@@ -93,11 +93,19 @@ def _lz4_fits(slab, at, end, wanted):
 
 
 @_compiled
-def _unpack_blocks(slab, at, end, nbytes, group, out):
+def _all_masked(bad, first, count):
+    """Whether the pixels ``first`` ... ``first + count - 1`` are all among ``bad``, ascending flat indices."""
+    last = np.searchsorted(bad, first) + count - 1
+    return last < len(bad) and bad[last] == first + count - 1
+
+
+@_compiled
+def _unpack_blocks(slab, at, end, nbytes, group, out, bad):
     """Unpack the LZ4 blocks of an HDF5 chunk into ``out``, or only look whether they are sound where that is empty.
 
-    ``group``: bytes of pixels that are shuffled together, 1 for the plain LZ4 filter. Returns the bytes of pixels in a
-    block, or -1 for a chunk that does not hold ``nbytes``.
+    ``group``: bytes of pixels that are shuffled together, 1 for the plain LZ4 filter. Shuffled blocks with nothing but
+    ``bad`` pixels (ascending flat indices) are not unpacked: they become 0. Returns the bytes of pixels in a block, or
+    -1 for a chunk that does not hold ``nbytes``.
     """
     if end - at < 12 or _big_endian(slab, at, 8) != nbytes:
         return -1
@@ -123,6 +131,8 @@ def _unpack_blocks(slab, at, end, nbytes, group, out):
         elif len(out) == 0:
             if not _lz4_fits(slab, at, at + length, wanted):
                 return -1
+        elif group > 1 and _all_masked(bad, 8 * done // group, 8 * wanted // group):
+            out[done : done + wanted] = 0
         elif lz4_decompress(address(slab, at), address(out, done), length, wanted) != wanted:
             return -1
         at += length
@@ -152,7 +162,7 @@ def _holds_merlin(size, encoding, pixels, width, itemsize):
 def check_frames(slab, offsets, sizes, encoding, pixels, width, itemsize):
     """bool (frames,): which payloads ``decode_frames`` would take, as far as bytes go; no pixel is written."""
     whole = np.zeros(len(offsets), np.bool_)
-    nothing = np.empty(0, np.uint8)
+    nothing, no_pixels = np.empty(0, np.uint8), np.empty(0, np.int64)
     nbytes = pixels * itemsize
     for i in range(len(offsets)):
         at, size = offsets[i], sizes[i]
@@ -163,9 +173,9 @@ def check_frames(slab, offsets, sizes, encoding, pixels, width, itemsize):
         elif encoding == _LZ4:
             whole[i] = _lz4_fits(slab, at, at + size, nbytes)
         elif encoding == _BSLZ4:
-            whole[i] = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, nothing) > 0
+            whole[i] = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, nothing, no_pixels) > 0
         elif encoding == _LZ4_BLOCKS:
-            whole[i] = _unpack_blocks(slab, at, at + size, nbytes, 1, nothing) > 0
+            whole[i] = _unpack_blocks(slab, at, at + size, nbytes, 1, nothing, no_pixels) > 0
         elif _MERLIN_1BIT <= encoding <= _MERLIN_QUAD_12BIT:
             whole[i] = _holds_merlin(size, encoding, pixels, width, itemsize)
     return whole
@@ -223,7 +233,7 @@ def _unpack_merlin(slab, at, size, encoding, width, frame, planes):
 
 
 @_compiled
-def _unpack(slab, at, size, encoding, width, frame, planes):
+def _unpack(slab, at, size, encoding, width, frame, planes, bad):
     """One payload into ``frame``, whatever its encoding; ``planes`` is scratch of as many bytes."""
     itemsize = frame.itemsize
     frame_bytes = frame.view(np.uint8)
@@ -244,12 +254,12 @@ def _unpack(slab, at, size, encoding, width, frame, planes):
         if size > 2147483647 or lz4_decompress(address(slab, at), address(frame_bytes, 0), size, nbytes) != nbytes:
             return DAMAGED
     elif encoding == _BSLZ4:
-        block = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, planes)
+        block = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, planes, bad)
         if block < 0:
             return DAMAGED
         _untranspose(planes, block, itemsize, frame_bytes)
     elif encoding == _LZ4_BLOCKS:
-        if _unpack_blocks(slab, at, at + size, nbytes, 1, frame_bytes) < 0:
+        if _unpack_blocks(slab, at, at + size, nbytes, 1, frame_bytes, bad) < 0:
             return DAMAGED
     elif _MERLIN_1BIT <= encoding <= _MERLIN_QUAD_12BIT:
         if not _holds_merlin(size, encoding, len(frame), width, itemsize):
@@ -430,19 +440,19 @@ def decode_frames(payloads, minus, targets, plan, scratch, pattern, column_sums,
         column_sums[:] = 0
         if encoding == _BSLZ4 and not holds_floats and len(minus_offsets) == 0:
             nbytes = pixels * itemsize
-            block = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, planes)
+            block = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, planes, bad)
             status[i] = OK if block > 0 else DAMAGED
             if block > 0:
                 _add_planes(planes, block, plan, frame, pattern, column_sums, row, moments)
         else:
-            status[i] = _unpack(slab, at, size, encoding, width, frame, planes)
+            status[i] = _unpack(slab, at, size, encoding, width, frame, planes, bad)
             _clear(frame, masked)
             if len(minus_offsets) and status[i] == OK:
                 at, size = minus_offsets[i], minus_sizes[i]
                 if at < 0 or size < 0 or at > len(minus_slab) - size:
                     status[i] = WRONG_SIZE
                 else:
-                    status[i] = _unpack(minus_slab, at, size, minus_encoding, width, other, planes)
+                    status[i] = _unpack(minus_slab, at, size, minus_encoding, width, other, planes, bad)
                     _subtract(frame, other)
             if holds_floats and status[i] == OK and not _holds_numbers(frame, bad):
                 status[i] = NO_NUMBER

@@ -561,3 +561,36 @@ def test_damage_never_gets_out_of_the_frame(
     if status[0] == 0:
         mean = (mean + np.where(good, taken, 0)) / 2
     np.testing.assert_allclose(fast.mean_pattern(), mean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_of_masked_pixels_are_not_unpacked(executor: ThreadPoolExecutor, dtype: str) -> None:
+    """They hold no pixel that is wanted: not even damage in them is noticed, and damage elsewhere is."""
+    shape, kind = (96, 130), np.dtype(dtype)
+    good = np.zeros(shape, bool)
+    good[40:60, 30:90] = True
+    bright = np.flatnonzero(good)[::3]
+    frames = frames_of(shape, dtype, "sparse" if kind.kind == "u" else "dense", 2)
+    payload = bytearray(encode(frames[0], Encoding.BSLZ4))
+    blocks, at = [], 12  # where each block's packed bytes begin and end
+    while at + 4 < len(payload):
+        length = struct.unpack_from(">I", payload, at)[0]
+        blocks.append((at + 4, at + 4 + length))
+        at += 4 + length
+    in_block = 8192 // kind.itemsize
+    wanted = [good.ravel()[n * in_block : (n + 1) * in_block].any() for n in range(len(blocks))]
+    assert any(wanted)
+    assert not all(wanted) or kind.itemsize == 1
+    for (start, stop), is_wanted in zip(blocks, wanted, strict=False):
+        damaged = bytearray(payload)
+        damaged[start:stop] = b"\xff" * (stop - start)
+        case = FrameDecoder(shape, kind, bright, good, executor, 1)
+        target = Rows(1, len(bright), case)
+        (status,) = case.decode(
+            payload_block([bytes(damaged)], range(1), Encoding.BSLZ4), np.array([GUARD]), target.block, target.sums
+        )
+        assert (status == DAMAGED) is is_wanted
+        if not is_wanted:
+            np.testing.assert_array_equal(target.block[GUARD], frames[0].ravel()[bright])
+            check_sums(target.sums[GUARD : GUARD + 1], frames[:1], bright, good)
+            target.check(1)
