@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,24 @@ import pytest
 
 from detectors.messages import Encoding
 from detectors.protocols.registry import PROTOCOLS
-from detectors.simulator.sender import Exposures
+from detectors.simulator.sender import Exposures, serve
 from stream.api import Result
 from stream.config import Layer
+from stream.files import open_dataset
+from stream.offline import file_source
 from stream.recording import open_recording
-from tests.live_helpers import OPTICS_AND_DISK, SCAN, all_frames, live_options, patiently, run_session, serving
+from tests.live_helpers import (
+    ANY_PORT,
+    OPTICS_AND_DISK,
+    SCAN,
+    all_frames,
+    live_options,
+    offline,
+    patiently,
+    run_session,
+    serving,
+)
+from tests.test_dectris_files import payloads, write_legacy
 
 #: What no vendor's stream says, and the user gives: the same for every protocol.
 FLAGS: dict[str, Any] = {**OPTICS_AND_DISK, "scan_shape": SCAN.scan_shape}
@@ -49,6 +63,28 @@ def assert_same(result: Result, wanted: Result) -> None:
     for name in ("bright_field", "dark_field", "mean_pattern"):
         np.testing.assert_array_equal(result.images[name], wanted.images[name])
     np.testing.assert_allclose(result.object, wanted.object, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("protocol", ["dectris-v1", "dectris-v2"])
+async def test_a_dectris_file_and_its_stream_give_the_same_image(protocol: str, tmp_path: Path) -> None:
+    """Reconstructed as it lies there, and sent as a stream without being unpacked."""
+    wanted = await live("native", Encoding.RAW)
+    master = write_legacy(tmp_path, all_frames())
+    layers = [Layer.of("flag", FLAGS)]
+    assert_same(offline(master, layers=layers), wanted)
+
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    with open_dataset(master) as dataset:
+        source = file_source(dataset, PROTOCOLS[protocol], "as-stored")
+        sending = asyncio.create_task(serve(source, ANY_PORT, protocol=protocol, ready=ready.set_result))
+        options = live_options(await patiently(ready), protocol=protocol, layers=layers, record=tmp_path / "scan.h5")
+        session, _ = await run_session(options)
+        await patiently(sending)
+    assert session.result is not None
+    assert_same(session.result, wanted)
+    with open_dataset(master) as dataset, open_recording(tmp_path / "scan.h5") as recording:
+        stored, heard = dataset.packed_blocks(), recording.blocks()
+        assert [bytes(p) for b in stored for p in payloads(b)] == [bytes(p) for b in heard for p in payloads(b)]
 
 
 @pytest.mark.parametrize("protocol", ["dectris-v1", "dectris-v2", "merlin"])
