@@ -70,6 +70,8 @@ class Acquisition:
         self._ending = False
         self.facts = DetectorFacts()
         """what the detector says of itself beside its stream"""
+        self.trouble = ""
+        """why there is no connection to its stream, in words"""
         self._gaps = GapPattern()
 
     @property
@@ -310,6 +312,8 @@ class Acquisition:
                 self._gaps.sentence or "start liveptycho before the detector is armed"
             )
         closer = f"`liveptycho check {where} --protocol {self.options.protocol}` looks closer"
+        if self.trouble:
+            return f"nothing came within {seconds:.0f} s: {self.trouble}"
         if self._unread:
             return f"nothing that came from {where} could be read: {self._unread[-1][1]}; {closer}"
         return (

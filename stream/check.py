@@ -6,29 +6,18 @@ import time
 from dataclasses import dataclass
 
 from detectors import codec
-from detectors.addresses import host_and_port
 from detectors.errors import LiveptychoError, ProtocolError
 from detectors.messages import Announced, FrameBlock, SeriesEnd, SeriesId, SeriesStart, Undecodable
-from detectors.protocols.registry import StreamProtocol, protocol_named
+from detectors.protocols.registry import protocol_named
 from stream.config import Layer
 from stream.intake import Silence, messages
 from stream.neighbours import GapPattern
 from stream.parameters import Resolution
-from stream.probe import Answer, advice, is_zeromq, probe
+from stream.probe import CONNECT_S, reach
 from stream.receiving import open_receiver
 
 #: Frames of each block that are unpacked.
 _TRIED = 16
-
-
-#: Nobody is there if there is no connection after so long [s].
-_CONNECT_S = 3.0
-
-#: Which ZeroMQ sockets each pattern receives from, and what to say where the other one is needed.
-_SENDERS = {"pull": ("PUSH",), "sub": ("PUB", "XPUB")}
-_FLAGS = {"pull": "the detector does not publish, leave --sub out", "sub": "the detector publishes, use --sub"}
-
-_TCP_HINT = " (Merlin's data port, perhaps: use --protocol merlin)"
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ async def check_address(
     findings = []
     # Over plain TCP there may be one client only, and what is sent meanwhile is lost: there, listening comes first.
     if not (bind or over_tcp):
-        findings.append(await _reach(address, spoken, pattern, timeout_s))
+        findings.append(Finding("connection", *await reach(address, spoken, pattern, timeout_s)))
         if findings[-1].verdict == "ERROR":
             return findings + _UNSEEN
     seen = _Seen()
@@ -65,7 +54,7 @@ async def check_address(
             try:
                 async for item in stream:
                     seen.take(item)
-                    nobody = isinstance(item, Silence) and item.seconds >= _CONNECT_S and receiver.link
+                    nobody = isinstance(item, Silence) and item.seconds >= CONNECT_S and receiver.link
                     if seen.enough or nobody or time.monotonic() > deadline:
                         break
             finally:
@@ -76,56 +65,11 @@ async def check_address(
         findings.append(
             Finding("connection", "OK", f"a TCP connection to {receiver.endpoints[0]}")
             if seen.understood
-            else await _reach(address, spoken, pattern, timeout_s, receiver.first_stray)
+            else Finding("connection", *await reach(address, spoken, pattern, timeout_s, receiver.first_stray))
         )
         if findings[-1].verdict == "ERROR":
             return findings + _UNSEEN
     return findings + seen.findings(protocol, timeout_s)
-
-
-async def _reach(address: str, protocol: StreamProtocol, pattern: str, timeout_s: float, said: bytes = b"") -> Finding:
-    """Is anybody there, and does it speak the protocol's transport? ``said``: what came from there, if that is known
-    already; otherwise a connection of its own tells, before any message is taken."""
-
-    def finding(verdict: str, text: str) -> Finding:
-        return Finding("connection", verdict, text)
-
-    scheme = address.partition("://")[0]
-    if scheme in ("ipc", "inproc"):
-        return finding("-", f"{scheme} addresses are not probed")
-    try:
-        host, port = host_and_port(address, None if protocol.framing is None else protocol.default_port)
-    except LiveptychoError as error:
-        return finding("ERROR", str(error))
-    there = f"{host} port {port}"
-    answer = Answer(said=said) if said else await probe(host, port, protocol, min(timeout_s, _CONNECT_S))
-    if answer.nobody:
-        hint = "" if protocol.framing else " (if the detector connects to this program instead, use --bind)"
-        return finding("ERROR", answer.nobody + hint)
-    if is_zeromq(answer.said) and protocol.framing is None:
-        if answer.socket_type in _SENDERS[pattern] or not answer.socket_type:
-            return finding("OK", f"a ZeroMQ socket answers on {there}")
-        right = next((flag for name, flag in _FLAGS.items() if answer.socket_type in _SENDERS[name]), "")
-        return finding(
-            "ERROR",
-            f"a ZeroMQ {answer.socket_type} socket answers on {there}: {right or 'it sends no frames; check the port'}",
-        )
-    if text := advice(protocol, answer.said or answer.replied):
-        return finding("ERROR", f"{there}: {text}")
-    if protocol.framing is not None and not answer.said:
-        if protocol.looks_like(answer.replied):
-            return finding(
-                "ERROR",
-                f"{there} answers commands: it is the control port; frames come from another one, usually "
-                f"{protocol.default_port}",
-            )
-        return finding("OK", f"a TCP server takes the connection on {there}")
-    what = f"begins with {answer.said[:10]!r}" if answer.said else "says nothing by itself"
-    return finding(
-        "ERROR",
-        f"something on {there} answers, but not {'ZeroMQ' if protocol.framing is None else protocol.name}: it {what}"
-        f"{_TCP_HINT if protocol.framing is None and not answer.said else ''}; check the port number",
-    )
 
 
 class _Seen:

@@ -10,7 +10,8 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
-from detectors.addresses import why
+from detectors.addresses import host_and_port, why
+from detectors.errors import LiveptychoError
 from detectors.protocols import merlin
 from detectors.protocols.merlin_control import Request
 from detectors.protocols.registry import PROTOCOLS, StreamProtocol, recognised
@@ -28,6 +29,16 @@ _CONTROL_REQUEST = bytes(Request("GET", "SOFTWAREVERSION"))
 #: How long something is waited for at a time [s], and how much of it is read.
 _PATIENCE_S = 1.0
 _READ_BYTES = 4096
+
+
+#: Nobody is there if there is no connection after so long [s].
+CONNECT_S = 3.0
+
+#: Which ZeroMQ sockets each pattern receives from, and what to say where the other one is needed.
+_SENDERS = {"pull": ("PUSH",), "sub": ("PUB", "XPUB")}
+_FLAGS = {"pull": "the detector does not publish, leave --sub out", "sub": "the detector publishes, use --sub"}
+
+_TCP_HINT = " (Merlin's data port, perhaps: use --protocol merlin)"
 
 
 @dataclass(frozen=True)
@@ -121,3 +132,48 @@ def advice(expected: StreamProtocol, data: bytes) -> str:
     if (found := recognised(data)) is not None:
         return f"these are {found.name} messages ({found.summary}): use --protocol {found.name}"
     return ""
+
+
+async def reach(
+    address: str, protocol: StreamProtocol, pattern: str, timeout_s: float, said: bytes = b""
+) -> tuple[str, str]:
+    """Is anybody there, and does it speak the protocol's transport? ``said``: what came from there, if that is known
+    already; otherwise a connection of its own tells, before any message is taken. Returns a verdict (OK, ERROR, or -
+    for what is not probed) and a sentence."""
+
+    scheme = address.partition("://")[0]
+    if scheme in ("ipc", "inproc"):
+        return ("-", f"{scheme} addresses are not probed")
+    try:
+        host, port = host_and_port(address, None if protocol.framing is None else protocol.default_port)
+    except LiveptychoError as error:
+        return ("ERROR", str(error))
+    there = f"{host} port {port}"
+    answer = Answer(said=said) if said else await probe(host, port, protocol, min(timeout_s, CONNECT_S))
+    if answer.nobody:
+        hint = "" if protocol.framing else " (if the detector connects to this program instead, use --bind)"
+        return ("ERROR", answer.nobody + hint)
+    if is_zeromq(answer.said) and protocol.framing is None:
+        if answer.socket_type in _SENDERS[pattern] or not answer.socket_type:
+            return ("OK", f"a ZeroMQ socket answers on {there}")
+        right = next((flag for name, flag in _FLAGS.items() if answer.socket_type in _SENDERS[name]), "")
+        return (
+            "ERROR",
+            f"a ZeroMQ {answer.socket_type} socket answers on {there}: {right or 'it sends no frames; check the port'}",
+        )
+    if text := advice(protocol, answer.said or answer.replied):
+        return ("ERROR", f"{there}: {text}")
+    if protocol.framing is not None and not answer.said:
+        if protocol.looks_like(answer.replied):
+            return (
+                "ERROR",
+                f"{there} answers commands: it is the control port; frames come from another one, usually "
+                f"{protocol.default_port}",
+            )
+        return ("OK", f"a TCP server takes the connection on {there}")
+    what = f"begins with {answer.said[:10]!r}" if answer.said else "says nothing by itself"
+    return (
+        "ERROR",
+        f"something on {there} answers, but not {'ZeroMQ' if protocol.framing is None else protocol.name}: it {what}"
+        f"{_TCP_HINT if protocol.framing is None and not answer.said else ''}; check the port number",
+    )

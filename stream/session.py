@@ -30,6 +30,7 @@ from stream.control import ActiveScan, DetectorControl, Finished, ScanPlan
 from stream.decode import compile_ahead
 from stream.intake import Silence, messages
 from stream.parameters import Resolution
+from stream.probe import CONNECT_S, reach
 from stream.publish import Publisher
 from stream.receiving import open_receiver
 from stream.reconstruction import CHANGEABLE, Reconstruction
@@ -48,6 +49,8 @@ _SNAPSHOT_SHARE = 0.25
 _SLOWEST_S = 1.0
 #: Leaving a session waits at most so long for its series to be finished and saved [s].
 _FINISH_S = 60.0
+#: Without a connection for so long, what is at the address is looked at [s].
+_PROBE_S = 3.0
 #: A detector that is to be armed has so long to take the connection to its stream [s].
 _CONNECTION_S = 15.0
 
@@ -78,6 +81,7 @@ class Session:
         self._fresh = asyncio.Condition()
         self._over = False
         self._scan: ActiveScan | None = None
+        self._probed = False
         self.endpoints: list[str] = []
         self.publish_endpoint: str | None = None
 
@@ -281,8 +285,15 @@ class Session:
                 return True
             if not acquisition.active and scan.waiting_for:
                 acquisition.message = f"waiting for {scan.waiting_for}"
-        if isinstance(item, Silence) and not acquisition.active and self._receiver.link:
-            acquisition.message = self._receiver.link
+        if isinstance(item, Silence) and not acquisition.active and (link := self._receiver.link):
+            acquisition.message = link
+            if item.seconds >= _PROBE_S and not (self._probed or self.options.bind):
+                # Once: who is there instead?
+                self._probed = True
+                verdict, text = await reach(self.options.addresses[0], self._protocol, self.options.pattern, CONNECT_S)
+                acquisition.trouble = text if verdict == "ERROR" else ""
+        elif acquisition.trouble:
+            acquisition.trouble = ""
         return await acquisition.take(item)
 
     async def _leave_detector(self) -> None:

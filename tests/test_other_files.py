@@ -508,6 +508,7 @@ def test_raw_file_without_description(tmp_path: Path) -> None:
 @needs_rosettasciio
 @pytest.mark.parametrize("suffix", [".blo", ".xml", ".tvips", ".dm4", ".tif"])
 @pytest.mark.parametrize("content", [b"once upon a time", bytes(5000), b"\xff" * 5000])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its .blo reader leaves the file open
 def test_files_that_rosettasciio_cannot_read(tmp_path: Path, suffix: str, content: bytes) -> None:
     (tmp_path / f"scan{suffix}").write_bytes(content)
     with pytest.raises(DataFileError, match=f"scan\\{suffix}: "):

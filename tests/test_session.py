@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 import stream.reconstruction as reconstruction_module
 from detectors.codec import encode
@@ -350,6 +351,13 @@ async def test_nobody_sends() -> None:
 
 
 # settings
+
+
+async def test_what_is_there_instead_of_the_stream() -> None:
+    """Nothing comes from a publisher when it is pulled from, and the user hears why."""
+    async with PlainSender(zmq.XPUB) as sender:
+        with pytest.raises(ConnectionFailed, match="the detector publishes, use --sub"):
+            await run_session(live_options(sender.endpoint, timeout_s=6.0))
 
 
 async def test_missing_settings_are_one_error_that_names_all() -> None:
