@@ -19,6 +19,8 @@ from typing import Any
 
 from stream.check import Finding, check_address
 from stream.config import Layer, Settings
+from stream.control import Trigger
+from stream.control.choose import detector_control
 from stream.files import Dataset4D, open_dataset
 from stream.geometry import DetectorGeometry
 from stream.kernels import METHODS, OverlapMasks, overlap_function, overlap_masks
@@ -108,12 +110,18 @@ def open_session(
     threads: int | None = None,
     timeout_s: float | None = None,
     series_timeout_s: float | None = None,
+    simplon: str | None = None,
+    control: str | None = None,
+    trigger: Trigger | None = None,
+    count_time_s: float | None = None,
+    frame_time_s: float | None = None,
     config: str | Path | None = None,
     **settings: Any,
 ) -> Session:
     """A live session on a detector's stream, to be used with ``async with``; see ``Session`` and ``SessionOptions``.
 
-    ``settings`` and ``config`` as in :func:`reconstruct`. Raises ``LiveptychoError``.
+    ``simplon``, ``control``: where a DECTRIS or a Merlin detector is asked and, with ``trigger`` (software, pixel, line
+    or gate), armed for one scan. ``settings`` and ``config`` as in :func:`reconstruct`. Raises ``LiveptychoError``.
     """
     addresses = [address] if isinstance(address, str) else list(address)
     return Session(
@@ -133,6 +141,10 @@ def open_session(
             threads=threads,
             timeout_s=timeout_s,
             series_timeout_s=series_timeout_s,
+            control=detector_control(protocol, simplon, control),
+            trigger=trigger,
+            count_time_s=count_time_s,
+            frame_time_s=frame_time_s,
         )
     )
 

@@ -27,9 +27,7 @@ from stream.cli.files import report_result
 from stream.cli.options import Device, Protocol, Threads, parse_passes, with_settings
 from stream.cli.progress import console, progress_bar
 from stream.config import Layer
-from stream.control import DetectorControl
-from stream.control.merlin import MerlinControl
-from stream.control.simplon import SimplonControl
+from stream.control.choose import detector_control
 from stream.record import record_stream
 from stream.session import Session
 from stream.session_options import SessionOptions
@@ -164,19 +162,6 @@ def live(
     incomplete = asyncio.run(run_session(options, viewer=not no_viewer))
     if incomplete:
         raise ConfigurationError(f"the series is not complete: {incomplete}")
-
-
-def detector_control(protocol: str, simplon: str | None, control: str | None) -> DetectorControl | None:
-    """The control interface that the flags name, if any. Raises ``ConfigurationError`` for one that does not fit."""
-    if simplon is not None and control is not None:
-        raise ConfigurationError("--simplon is for DECTRIS detectors, --control for Merlin: give one of them")
-    if simplon is not None:
-        return SimplonControl(simplon, protocol)
-    if control is not None:
-        if protocol != "merlin":
-            raise ConfigurationError(f"--control is Merlin's control port; {protocol} has none (--simplon for DECTRIS)")
-        return MerlinControl(control)
-    return None
 
 
 def stream_address(simplon: str, protocol: str) -> str:

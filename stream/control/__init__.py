@@ -3,6 +3,7 @@
 active_scan   DetectorControl, the interface; ActiveScan, one series from arming to disarming
 simplon       DECTRIS detectors, over REST
 merlin        Merlin, over its control port
+choose        which of them a user means
 """
 
 from stream.control.active_scan import (
