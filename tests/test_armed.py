@@ -1,4 +1,4 @@
-"""A detector that is armed from here: simulated control interfaces and streams, over real sockets, through a session."""
+"""A detector that is armed from here: simulated control interface and stream, over real sockets, through a session."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def session_on(endpoint: str, protocol: str, control: dict[str, str], trigger: A
 
 
 def is_idle(device: Any) -> bool:
-    return bool(
-        device.variables["DETECTORSTATUS"] == "0" if isinstance(device, SimulatedMerlin) else device.state == "idle"
-    )
+    if isinstance(device, SimulatedMerlin):
+        return device.variables["DETECTORSTATUS"] == "0"
+    return bool(device.state == "idle")
 
 
 TRIGGERS = ["software", "pixel", "line", "gate"]
@@ -128,7 +128,7 @@ async def test_a_detector_that_somebody_else_holds_is_refused(protocol: str) -> 
     async with detector(protocol, rate=200.0) as (_, endpoint, control):
         async with session_on(endpoint, protocol, control, "software") as first:
             await snapshot_where(first, lambda s: s.counters.received > 20)
-            with pytest.raises(LiveptychoError, match="another (client|program)"):
+            with pytest.raises(LiveptychoError, match=r"another (client|program)"):
                 await session_on(endpoint, protocol, control, "software").__aenter__()
             await patiently(first.wait())
         assert first.incomplete == ""  # it was not disturbed
