@@ -104,6 +104,7 @@ class ZmqReceiver(Receiver):
         port = address.rpartition(":")[2]
         if address.startswith("tcp://") and port.isdecimal() and int(port) > 65535:  # ZeroMQ would take the remainder
             raise ConnectionFailed(f"cannot use {address!r}: there are no ports beyond 65535")
+        channel = _ZmqChannel(socket, index, address)  # before connecting, or its monitor could miss that
         try:
             if self._bind:
                 socket.bind(address)
@@ -113,7 +114,7 @@ class ZmqReceiver(Receiver):
             verb = "bind" if self._bind else "connect to"
             raise ConnectionFailed(f"cannot {verb} {address!r}: {why(error)}") from None
         self.endpoints.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
-        return _ZmqChannel(socket, index, address)
+        return channel
 
     def _close(self) -> None:
         self._context.destroy(linger=0)
