@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -243,16 +244,26 @@ def merlin_header(tmp_path: Path) -> Path:
     return next(tmp_path.rglob("*.hdr"))
 
 
-@pytest.mark.parametrize("active", [False, True], ids=["passive", "active"])
+@pytest.mark.parametrize("trigger", ["", "software", "line"])
 @pytest.mark.timeout(300)
-def test_libertem_merlin(active: bool, merlin_header: Path, tmp_path: Path) -> None:
+def test_libertem_merlin(trigger: str, merlin_header: Path, tmp_path: Path) -> None:
     program = require(LIBERTEM / "libertem-live-mib-sim")
     ports = ("--data-port", "16342", "--control-port", "16341", "--trigger-port", "16343")
-    wait = ("--wait-trigger",) if active else ()
-    with running(program, str(merlin_header), *ports, *wait, log=tmp_path / "mib_sim.log"):
-        control = ("--control", "tcp://127.0.0.1:16341", "--trigger", "software") if active else ()
+    wait = ("--wait-trigger",) if trigger else ()
+    log = tmp_path / "mib_sim.log"
+    with running(program, str(merlin_header), *ports, *wait, log=log):
+        control = ("--control", "tcp://127.0.0.1:16341", "--trigger", trigger) if trigger else ()
         disk = ("--scan-shape", "2x4", "--bf-centre-px", "64,128", "--bf-radius-px", "10")
         time.sleep(25)  # it compiles before it listens
         process = Live(tmp_path, "tcp://127.0.0.1:16342", "--protocol", "merlin", *control, *disk)
+        if trigger == "line":  # it waits for the scan generator, which is the third port
+            deadline = time.monotonic() + PATIENCE_S
+            while "Waiting for trigger" not in log.read_text():
+                assert process.process.poll() is None, process.log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            with socket.create_connection(("127.0.0.1", 16343)) as generator:
+                generator.sendall(b"TRIGGER\n")
+                process.finish()
         process.finish()
     assert_complete(tmp_path, 8)
