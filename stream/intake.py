@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -33,8 +34,9 @@ async def messages(
     A block of frames points into the receiver's memory: it must not be used any more once the next item is asked for.
     Where another protocol is spoken than the one expected, an ``Undecodable`` says so.
     """
-    # A protocol may remember earlier parts: each socket is a stream of its own.
-    decoders = [protocol.decoder() for _ in receiver.endpoints]
+    # A protocol may remember earlier parts: each socket is a stream of its own. Making the first one may compile, for
+    # seconds after an installation, and the loop has other work meanwhile.
+    decoders = await asyncio.to_thread(lambda: [protocol.decoder() for _ in receiver.endpoints])
     unknown = set(range(len(decoders)))  # nothing has been understood there yet
     silent = 0.0
     too_large = stray = 0

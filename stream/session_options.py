@@ -18,7 +18,7 @@ class SessionOptions:
     """What a session does. Times in seconds."""
 
     addresses: Sequence[str]
-    """ZeroMQ endpoints of the detector; several share the load of one stream"""
+    """where the detector's stream is; several addresses share the load of one stream"""
     protocol: str = "native"
     bind: bool = False
     pattern: str = "pull"
