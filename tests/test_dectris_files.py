@@ -26,13 +26,11 @@ from stream.files import Dataset4D, open_dataset
 from stream.offline import StoredFrames, describe_file, file_source, file_start, reconstruct_file
 from stream.result import Result
 from tests.data_helpers import SHARED_DATA, Case
+from tests.dectris_files import BITSHUFFLE_LZ4, COUNTS, DETECTOR, SCAN, payloads, write_legacy
 
-SCAN, DETECTOR = (6, 7), (16, 24)
-COUNTS = np.random.default_rng(3).poisson(2.0, (SCAN[0] * SCAN[1], *DETECTOR)).astype("<u2")
 MASK = np.zeros(DETECTOR, np.uint32)
 MASK[2, 3], MASK[4, 5], MASK[6, 7] = 1, 1 << 8, 2  # a gap, a pixel that is only commented on, a dead one
 
-BITSHUFFLE_LZ4 = hdf5plugin.Bitshuffle(cname="lz4")
 FILTERS = {
     "bslz4": (BITSHUFFLE_LZ4, Encoding.BSLZ4),
     "lz4": (hdf5plugin.LZ4(), Encoding.LZ4_BLOCKS),
@@ -42,34 +40,6 @@ FILTERS = {
     "two filters": ({**BITSHUFFLE_LZ4, "fletcher32": True}, None),
     "none": ({}, None),
 }
-
-
-def write_legacy(
-    folder: Path,
-    counts: np.ndarray = COUNTS,
-    per_file: int = 20,
-    filters: Any = BITSHUFFLE_LZ4,
-    numbers: Sequence[int] | None = None,
-    **config: Any,
-) -> Path:
-    """A master file and its data files. ``numbers``: image_nr_low of each file, from 1; None for none."""
-    path = folder / "scan_master.h5"
-    with h5py.File(path, "w") as master:
-        master["entry/instrument/detector/description"] = np.bytes_("Dectris ARINA")
-        master.create_group("entry/data")
-        own = {"photon_energy": 200e3, "nimages": np.uint64(1), "ntrigger": np.uint64(len(counts)), **config}
-        for key, value in own.items():
-            master[f"entry/instrument/detector/detectorSpecific/{key}"] = value
-        for number, first in enumerate(range(0, len(counts), per_file), 1):
-            name = f"scan_data_{number:06d}.h5"
-            frames = counts[first : first + per_file]
-            with h5py.File(folder / name, "w") as file:
-                data = file.create_dataset("entry/data/data", data=frames, chunks=(1, *counts.shape[1:]), **filters)
-                low = first + 1 if numbers is None else numbers[number - 1]
-                if low:
-                    data.attrs["image_nr_low"], data.attrs["image_nr_high"] = low, low + len(frames) - 1
-            master[f"entry/data/data_{number:06d}"] = h5py.ExternalLink(name, "/entry/data/data")
-    return path
 
 
 def write_2024(
@@ -134,10 +104,6 @@ def write_own(path: Path, counts: np.ndarray, mask: np.ndarray | None = None) ->
 
 def decoded(data: Dataset4D) -> np.ndarray:
     return np.concatenate([frames for _, frames in data.blocks(max_bytes=5 * COUNTS[0].nbytes)])
-
-
-def payloads(block: FrameBlock) -> list[bytes]:
-    return [block.slab[o : o + n].tobytes() for o, n in zip(block.offsets, block.sizes, strict=True)]
 
 
 def unpacked(blocks: Sequence[FrameBlock], start: SeriesStart) -> np.ndarray:

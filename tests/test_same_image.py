@@ -17,6 +17,7 @@ from stream.config import Layer
 from stream.files import open_dataset
 from stream.offline import file_source
 from stream.recording import open_recording
+from tests.dectris_files import payloads, write_legacy
 from tests.live_helpers import (
     ANY_PORT,
     OPTICS_AND_DISK,
@@ -28,7 +29,6 @@ from tests.live_helpers import (
     run_session,
     serving,
 )
-from tests.test_dectris_files import payloads, write_legacy
 
 #: What no vendor's stream says, and the user gives: the same for every protocol.
 FLAGS: dict[str, Any] = {**OPTICS_AND_DISK, "scan_shape": SCAN.scan_shape}
