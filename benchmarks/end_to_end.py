@@ -47,6 +47,7 @@ async def session_seconds(sender: Sender, protocol: str = "native", passes: int 
         while session.reconstruction is None or session.reconstruction.engine is None:  # noqa: ASYNC110
             await asyncio.sleep(1e-3)
         engine = session.reconstruction.engine
+        await asyncio.to_thread(engine.wait_until_ready)  # what can be sustained, without the set-up
         sender.go(passes)
         while engine.passes_done < passes or engine.closed_rows:  # noqa: ASYNC110
             await asyncio.sleep(2e-3)

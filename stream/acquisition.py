@@ -148,6 +148,7 @@ class Acquisition:
                     source=f"series {start.series} from {', '.join(options.addresses)}",
                     passes=options.passes,
                     threads=options.threads,
+                    live=True,
                 )
             )
             self.set_state("calibrating", f"series {start.series}: making ready")

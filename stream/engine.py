@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,16 +43,19 @@ class View:
 class Engine:
     """One reconstruction, from its first frame on. Make it with the final optics; they can be changed later.
 
-    ``threads``: how many the decoder and the contraction may use each (default: the cores there are).
+    ``threads``: how many the decoder and the contraction may use each (default: the cores there are). The kernels are
+    made first, or, with ``in_background``, while frames are taken already: rows then wait in the ring.
     """
 
-    def __init__(self, setup: Setup, device: Device, *, threads: int | None = None) -> None:
+    def __init__(
+        self, setup: Setup, device: Device, *, threads: int | None = None, in_background: bool = False
+    ) -> None:
         plan = MemoryPlan.of(setup)
         plan.check(device)
         self.setup, self.device, self.plan = setup, device, plan
         self._threads = threads or len(os.sched_getaffinity(0))
-        # Two sides work at a time, each with its share of the threads.
-        self._executor = ThreadPoolExecutor(2 * self._threads, thread_name_prefix="engine")
+        # Two sides work at a time, each with its share of the threads, and a third makes the first kernels.
+        self._executor = ThreadPoolExecutor(2 * self._threads + 1, thread_name_prefix="engine")
         geometry, shape = setup.geometry, setup.scan.shape
         pixels = len(geometry.bf_pixels)
         self._decoder = FrameDecoder(
@@ -77,12 +80,15 @@ class Engine:
         self._rows_lock = threading.Lock()
         self._compute_lock = threading.RLock()
         self._ring = RowRing(shape, pixels, setup.dtype, device, setup.averaging)
-        self._accumulator: Accumulator | None = self._make_accumulator(setup.make_kernels(device))
+        self._accumulator: Accumulator | None = None
+        """None while its kernels are being made"""
         self._coming: Accumulator | None = None
-        """the accumulator of the optics that are being changed to"""
+        """the accumulator that is catching up with the ring: of the first kernels, or of changed optics"""
+        self._first_kernels: Future[None] | None = None
         self._changing = threading.Lock()
         self._last_view: View | None = None
         self._sums = np.zeros((*shape, 4), np.float64)
+        self._missing_of_row = np.zeros(shape[0], np.int64)
         self._received = self._accepted = self._outside = self._duplicate = self._late = self._undecodable = 0
         self._missing_before = 0
         self._passes_of_row = np.zeros(shape[0], np.int64)
@@ -94,6 +100,18 @@ class Engine:
         """frames of passes beyond those that are taken"""
         self.last_reason = ""
         """why the last undecodable frame was one"""
+        if in_background:
+            self._first_kernels = self._executor.submit(self._contract_anew, setup, plan)
+        else:
+            self._contract_anew(setup, plan)
+
+    def wait_until_ready(self) -> None:
+        """Wait for kernels that are being made in the background. Raises ``DoesNotFit`` when that has failed."""
+        if self._first_kernels is not None:
+            try:
+                self._first_kernels.result()
+            except Exception as error:  # memory that the plan did not foresee, or the device's own errors
+                raise DoesNotFit(f"the kernels could not be made: {error}") from error
 
     def close(self) -> None:
         """End the engine's threads. Images can still be taken."""
@@ -114,8 +132,11 @@ class Engine:
     def add(self, block: FrameBlock) -> None:
         """Take a block of frames of this series. Frames are counted, whatever becomes of them; none raises.
 
-        Raises ``ConfigurationError`` when rows are to be found by time, and the frames have no time stamps.
+        Raises ``ConfigurationError`` when rows are to be found by time, and the frames have no time stamps, and
+        ``DoesNotFit`` when the kernels could not be made.
         """
+        if self._first_kernels is not None and self._first_kernels.done():
+            self.wait_until_ready()
         self._received += len(block)
         scan, timing = self.setup.scan, self._timing
         for located in [(block, *scan.locate(block.indices))] if timing is None else timing.take(block):
@@ -213,6 +234,7 @@ class Engine:
         self.close_rows()
         while self.accumulate():
             pass
+        self.wait_until_ready()
         passes = self.setup.passes or max(1, self._assembler.newest_pass + 1)
         expected = self.setup.scan.frames_in(passes)
         if announced is not None:
@@ -241,7 +263,7 @@ class Engine:
                 current.remove(rows)
             for item in batch:
                 self._commit(item)
-            if self._accumulator is not None:  # else the optics are being changed, and whoever does it adds them
+            if self._accumulator is not None:  # else kernels are being made, and whoever does it adds them
                 self._accumulator.add(rows)
             with self._rows_lock:
                 for item in batch:
@@ -256,10 +278,11 @@ class Engine:
             if ring.averaging:
                 self._passes_of_row[item.row] += 1
             elif ring.pass_of_row[item.row] >= 0:
-                self._missing_before += self._missing_in(item.row)
+                self._missing_before += int(self._missing_of_row[item.row])
                 sums[:] = 0
         ring.commit(item.row, item.pass_, self._assembler.pixels[item.slot], received)
         sums[received] += self._assembler.sums[item.slot][received]
+        self._missing_of_row[item.row] = self._missing_in(item.row)
 
     def _missing_in(self, row: int) -> int:
         expected = self._passes_of_row[row] if self._ring.averaging else 1
@@ -276,6 +299,7 @@ class Engine:
         kept = (self.setup.probe.energy_ev, self.setup.probe.semiangle)
         if (probe.energy_ev, probe.semiangle) != kept:
             raise ValueError("energy and semi-angle cannot be changed while scanning")
+        self.wait_until_ready()
         setup = replace(self.setup, probe=probe, method=method)
         plan = MemoryPlan.of(setup)
         plan.check(self.device, held=self.plan)
@@ -310,7 +334,8 @@ class Engine:
             if (current := self._accumulator or self._coming) is not None:
                 current.clear()
             self._last_view = None
-            self._missing_before += sum(map(self._missing_in, np.flatnonzero(self._ring.acquired).tolist()))
+            self._missing_before += int(self._missing_of_row.sum())
+            self._missing_of_row[:] = 0
             self._ring.pass_of_row[:] = -1
             self._ring.frames[:] = 0
             self._passes_of_row[:] = 0
@@ -322,8 +347,7 @@ class Engine:
         """What became of the frames so far."""
         missing = self._finished_missing
         if missing is None:
-            rows = np.flatnonzero(self._ring.acquired).tolist()
-            missing = self._missing_before + sum(map(self._missing_in, rows))
+            missing = self._missing_before + int(self._missing_of_row.sum())
         return Counters(self._received, missing, self._duplicate, self._late, self._undecodable, self._outside)
 
     @property
@@ -343,12 +367,21 @@ class Engine:
         return self._ring.frames > 0
 
     def object(self) -> np.ndarray:
-        """The complex object, complex64 scan shape; ones before the first row. See ``Accumulator.object``."""
-        with self._compute_lock:
-            mean_intensity = self._mean_intensity()
-            if mean_intensity is None or self._accumulator is None:
-                return np.ones(self.setup.scan.shape, np.complex64)
-            return self._accumulator.object(mean_intensity)
+        """The complex object, complex64 scan shape; ones before the first row. See ``Accumulator.object``.
+
+        Waits for kernels that are being made. Raises ``DoesNotFit`` when that has failed.
+        """
+        self.wait_until_ready()
+        with self._changing, self._compute_lock:
+            return self._object()
+
+    def _object(self) -> np.ndarray:
+        mean_intensity = self._mean_intensity()
+        if mean_intensity is None:
+            return np.ones(self.setup.scan.shape, np.complex64)
+        if self._accumulator is None:  # nothing of it is known yet
+            return np.full(self.setup.scan.shape, np.nan, np.complex64)
+        return self._accumulator.object(mean_intensity)
 
     def _mean_intensity(self) -> float | None:
         """Mean counts of a frame; a missing frame counts as its row's mean, a missing row as the mean row."""
@@ -376,7 +409,7 @@ class Engine:
         with self._compute_lock:
             acquired = self._ring.acquired
             if names & {"phase", "amplitude"}:
-                obj = self.object()
+                obj = self._object()
                 obj[~acquired] = np.nan
                 out["phase"], out["amplitude"] = np.angle(obj), np.abs(obj)
                 out["phase"][~acquired] = np.nan

@@ -54,7 +54,8 @@ class Reconstruction:
     ``layers``: the user's settings, in order of precedence; what ``start`` says of itself comes after them.
     ``passes``: how many to take, None for ever, 0 for as many as the series announces (one if it does not).
     A pixel is used where both ``start.pixel_mask`` and the user's mask call it good. ``survey_only``: look at the first
-    frames (``look``) and reconstruct nothing. Raises ``ConfigurationError`` when settings are missing or contradictory.
+    frames (``look``) and reconstruct nothing. ``live``: frames need not wait for the kernels (see ``Engine``). Raises
+    ``ConfigurationError`` when settings are missing or contradictory.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class Reconstruction:
         threads: int | None = None,
         start_source: str = "stream",
         survey_only: bool = False,
+        live: bool = False,
     ) -> None:
         # A stream knows nothing of our files: it must not have us read any.
         own = {key: value for key, value in start.settings.items() if key not in ("pixel_mask", "positions")}
         if start.scan_shape is not None:
             own["scan_shape"] = start.scan_shape
         self.start, self.source, self._device = start, source, device
-        self._threads, self._survey_only = threads, survey_only
+        self._threads, self._survey_only, self._live = threads, survey_only, live
         self._preparing = threading.Lock()
         self._resolution = Resolution([*layers, Layer.of(start_source, own, ignore_unknown=True)], start.frames)
         self._resolution.require()
@@ -132,7 +134,7 @@ class Reconstruction:
     def _prepare(self) -> Engine:
         parameters = self.look()
         setup = self._setup(parameters)
-        engine = Engine(setup, self._device, threads=self._threads)
+        engine = Engine(setup, self._device, threads=self._threads, in_background=self._live)
         if setup.passband.entries == 0:
             self._note(
                 "no scan frequency of this scan lies within 2 alpha / lambda, so the phase will be empty: check "

@@ -43,8 +43,10 @@ from stream.threads import in_threads
 logger = logging.getLogger(__name__)
 
 #: Snapshots are at least this far apart [s], and never take more than about a quarter of a core.
-_FASTEST_S = 1 / 30
+_FASTEST_S = 1 / 60
 _SNAPSHOT_SHARE = 0.25
+#: What is not in the images (state, counters, rates) is shown after so long [s], without waiting for a row.
+_STATUS_S = 0.1
 #: ... and at most so far apart [s]: a viewer takes a longer silence for the session's end.
 _SLOWEST_S = 1.0
 #: Leaving a session waits at most so long for its series to be finished and saved [s].
@@ -79,6 +81,8 @@ class Session:
         self._stop = asyncio.Event()
         self._snapshot = Snapshot(self._id, 0, time.time(), self._acquisition.state, self._acquisition.message)
         self._fresh = asyncio.Condition()
+        self._shown = asyncio.Event()
+        """rows were let into the image since the last snapshot"""
         self._over = False
         self._scan: ActiveScan | None = None
         self._probed = False
@@ -321,18 +325,24 @@ class Session:
             acquisition.rows.clear()
             while (run := acquisition.run) is not None and (await in_threads(run.accumulate))[0] > 0:
                 acquisition.changed = True
+                self._shown.set()
 
     # snapshots
 
     async def _publish(self) -> None:
-        """Snapshots while something changes, and once a second in any case."""
+        """Snapshots as soon as rows are in the image, while anything else changes, and once a second in any case."""
         last = 0.0
         while True:
-            started, cost_s = time.monotonic(), 0.0
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_STATUS_S):
+                    await self._shown.wait()
+            self._shown.clear()
+            started = time.monotonic()
             if self._acquisition.changed or started - last >= _SLOWEST_S:
-                cost_s = await self._emit()
                 last = started
-            await asyncio.sleep(min(max(_FASTEST_S, cost_s / _SNAPSHOT_SHARE), _SLOWEST_S))
+                cost_s = await self._emit()
+                pause = min(max(_FASTEST_S, cost_s / _SNAPSHOT_SHARE), _SLOWEST_S)
+                await asyncio.sleep(started + pause - time.monotonic())
 
     async def _emit(self) -> float:
         """Make and publish a snapshot; returns its cost in CPU seconds (on busy cores, wall time is mostly waiting)."""

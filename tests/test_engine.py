@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from stream.engine import Engine
 from stream.kernels import METHODS
 from stream.optics import Aberrations, AxesRelation, Probe
 from stream.scan import ScanPattern
-from stream.setup import MemoryPlan
+from stream.setup import MemoryPlan, Setup
 from stream.snapshot import IMAGE_UNITS, Counters
 from tests import oracle
 from tests.data_helpers import (
@@ -900,6 +902,53 @@ def test_what_does_not_fit_is_refused_with_advice() -> None:
     small = _SmallDevice(np, choose_device("cpu").fft, "toy")
     with pytest.raises(DoesNotFit, match=r"needs .* on the toy .*semiangle_mrad"):
         Engine(Case(scan=(64, 64)).setup(), small)
+
+
+# kernels that are made while frames come
+
+
+@pytest.mark.parametrize("aberrations", [{}, ABERRATIONS])
+def test_frames_do_not_wait_for_the_kernels(aberrations: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, make = threading.Event(), Setup.make_kernels
+
+    def slowly(setup: Setup, device: Device) -> Any:
+        assert go_on.wait(60)
+        return make(setup, device)
+
+    monkeypatch.setattr(Setup, "make_kernels", slowly)
+    case = Case(scan=(16, 12), aberrations=aberrations)
+    counts = case.counts()
+    engine = Engine(case.setup(), choose_device("cpu"), threads=2, in_background=True)
+    try:
+        feed(engine, counts, range(150))
+        view = engine.view(IMAGE_UNITS)
+        assert view.rows_acquired == 12
+        assert np.isnan(view.images["phase"]).all()
+        np.testing.assert_array_equal(view.images["bright_field"][:12], virtual_bright_field(case, counts)[:12])
+        go_on.set()
+        feed(engine, counts, range(150, case.positions))
+        engine.finish()
+        assert_object(engine, case, counts, "ssb")
+        assert engine.counters == Counters(received=case.positions)
+    finally:
+        go_on.set()
+        engine.close()
+
+
+def test_kernels_that_cannot_be_made_are_told_with_the_next_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(setup: Setup, device: Device) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Setup, "make_kernels", fail)
+    case = Case()
+    engine = Engine(case.setup(), choose_device("cpu"), in_background=True)
+    try:
+        with pytest.raises(DoesNotFit, match="kernels could not be made: no room"):
+            engine.object()
+        with pytest.raises(DoesNotFit, match="no room"):
+            feed(engine, case.counts())
+    finally:
+        engine.close()
 
 
 # the other device
