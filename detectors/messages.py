@@ -166,6 +166,11 @@ class FrameBlock:
             minus=None if self.minus is None else self.minus.compact(),
         )
 
+    def payload(self, number: int) -> memoryview:
+        """The bytes of one frame, without a copy."""
+        start = int(self.offsets[number])
+        return self.slab[start : start + int(self.sizes[number])].data
+
     def channel(self, number: int) -> FrameBlock:
         """The frames of one channel alone, by its place in ``SeriesStart.channels``."""
         return replace(self, others=()) if number == 0 else self.others[number - 1]

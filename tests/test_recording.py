@@ -26,7 +26,7 @@ from detectors.errors import DataFileError, ProtocolError
 from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesEnd, SeriesStart
 from detectors.protocols.native import Decoder as NativeDecoder
 from detectors.protocols.native import Encoder as NativeEncoder
-from stream.recording import Recorder, Recording, is_recording, open_recording
+from stream.recording import Recorder, Recording, channels, direct, is_recording, open_recording
 from stream.recording.payload_check import whole_frames
 
 SHAPE = (12, 10)
@@ -120,6 +120,25 @@ def test_frames_come_back_as_they_came(path: Path, dtype: str, encoding: Encodin
         np.testing.assert_array_equal(file["frames"][...], frames)
         assert file["frame_index"][...].tolist() == list(range(20))
         assert file["arrival_time_ns"][...].tolist() == [1000] * 7 + [1007] * 7 + [1014] * 6
+
+
+@pytest.mark.parametrize("write_chunks", [direct.write_plain, direct.write_compiled])
+def test_both_ways_of_writing_chunks(
+    path: Path, write_chunks: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if write_chunks is direct.write_compiled and not direct.COMPILED:
+        pytest.skip("h5py hides the functions of its HDF5 library")
+    monkeypatch.setattr(channels, "write_chunks", write_chunks)
+    payloads = [encode(frame, Encoding.BSLZ4) for frame in frames_of("<u2", 30)]
+    payloads[4], payloads[29] = b"damaged", b""
+    blocks = [block_of(payloads[i : i + 10], Encoding.BSLZ4, first=i) for i in range(0, 30, 10)]
+    record(path, start_of(), blocks)
+    with open_recording(path) as recording:
+        assert items_of(recording.blocks()) == items_of(blocks)
+    with h5py.File(path, "r+") as file:
+        where = (file["frames"], 30, *(getattr(blocks[0], name) for name in ("slab", "offsets", "sizes")))
+        with pytest.raises((OSError, ValueError, RuntimeError)):  # rows that the dataset does not have
+            write_chunks(*where, np.ones(10, bool), 0)
 
 
 @pytest.mark.parametrize("encoding", [Encoding.LZ4, Encoding.BSLZ4, Encoding.LZ4_BLOCKS])

@@ -13,6 +13,7 @@ from detectors.codec import decode, encode
 from detectors.errors import ConfigurationError, DataFileError, ProtocolError
 from detectors.messages import Encoding, FrameBlock, SeriesStart
 from stream.files.hdf5 import HDF5_ERRORS, reason
+from stream.recording.direct import write_chunks
 from stream.recording.layout import FILTER_MASKS, FILTERS, LZ4_HEADER, STORED_AS
 from stream.recording.payload_check import whole_frames
 
@@ -46,29 +47,37 @@ class ChannelWriter:
         encoding, shape, dtype = block.encoding, self._start.detector_shape, self._start.dtype
         whole = whole_frames(block, shape, dtype)
         self._frames.resize(first + len(block), axis=0)
-        write, stored_as = self._frames.id.write_direct_chunk, STORED_AS.get(encoding, encoding)
+        stored_as = STORED_AS.get(encoding, encoding)
         mask = FILTER_MASKS[stored_as]
         encodings = np.full(len(block), encoding, np.uint8)
-        slab = memoryview(block.slab)  # type: ignore[arg-type]
-        rows = zip(block.offsets.tolist(), block.sizes.tolist(), whole.tolist(), strict=True)
-        for i, (offset, size, is_whole) in enumerate(rows):
-            where, payload = (first + i, 0, 0), slab[offset : offset + size]
-            if not is_whole:
-                self._damaged.append((first + i, bytes(payload)))
-                self.damaged_bytes += size
-            elif stored_as is not encoding:
+        if stored_as is encoding is not Encoding.LZ4:
+            write_chunks(self._frames, first, block.slab, block.offsets, block.sizes, whole, mask)
+        else:
+            self._rewrite(first, block, stored_as, np.flatnonzero(whole), encodings)
+        for i in np.flatnonzero(~whole).tolist():
+            payload = block.payload(i)
+            self._damaged.append((first + i, bytes(payload)))
+            self.damaged_bytes += len(payload)
+        self._encodings.append(encodings)
+        return whole
+
+    def _rewrite(
+        self, first: int, block: FrameBlock, stored_as: Encoding, which: np.ndarray, encodings: np.ndarray
+    ) -> None:
+        """Payloads that HDF5 has no filter for, in another way; notes in ``encodings`` what readers must know."""
+        encoding, shape, dtype = block.encoding, self._start.detector_shape, self._start.dtype
+        write, mask = self._frames.id.write_direct_chunk, FILTER_MASKS[stored_as]
+        for i in which.tolist():
+            where, payload = (first + i, 0, 0), block.payload(i)
+            if stored_as is not encoding:
                 write(where, encode(decode(payload, encoding, shape, dtype), stored_as), mask)
-            elif encoding is not Encoding.LZ4:
-                write(where, payload, mask)
-            elif size == self._start.frame_bytes:
+            elif len(payload) == self._start.frame_bytes:
                 # The LZ4 filter takes a block of the size of its contents for one that is not packed.
                 write(where, decode(payload, encoding, shape, dtype), FILTER_MASKS[Encoding.RAW])
                 encodings[i] = Encoding.RAW
             else:
-                header = LZ4_HEADER.pack(self._start.frame_bytes, self._start.frame_bytes, size)
+                header = LZ4_HEADER.pack(self._start.frame_bytes, self._start.frame_bytes, len(payload))
                 write(where, b"".join((header, payload)), mask)
-        self._encodings.append(encodings)
-        return whole
 
     def flush(self) -> None:
         if self._damaged:

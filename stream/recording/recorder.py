@@ -18,9 +18,9 @@ import numpy as np
 from detectors.errors import DataFileError
 from detectors.messages import FrameBlock, SeriesEnd, SeriesStart
 from stream.files.hdf5 import HDF5_ERRORS, reason
+from stream.recording import direct, payload_check
 from stream.recording.channels import ChannelWriter, append, growing
 from stream.recording.layout import FORMAT, NO_TIME, VERSION, channel_group
-from stream.recording.payload_check import prepare
 
 #: Readable by HDF5 1.10 (2016) and later; older formats have no SWMR.
 _LIBVER = ("v110", "v110")
@@ -62,7 +62,8 @@ class Recorder:
         self._exposed: list[np.ndarray] = []
         self._waiting = 0
         self._flushed = time.monotonic()
-        prepare()
+        payload_check.prepare()
+        direct.prepare()
         if start.frame_bytes >= 1 << 32:
             raise DataFileError(
                 f"{self.path}: a frame of {start.frame_bytes / 1e9:.0f} GB cannot be recorded; the detector's shape "
