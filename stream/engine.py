@@ -19,7 +19,7 @@ from detectors.errors import DoesNotFit
 from detectors.messages import FrameBlock
 from stream.accumulator import Accumulator
 from stream.array import Device
-from stream.assembler import ClosedRow, RowAssembler
+from stream.assembler import ClosedRow, RowAssembler, groups
 from stream.decode import FrameDecoder
 from stream.kernels import KernelTable, Method
 from stream.optics import Probe
@@ -139,17 +139,24 @@ class Engine:
             self.wait_until_ready()
         self._received += len(block)
         scan, timing = self.setup.scan, self._timing
-        for located in [(block, *scan.locate(block.indices))] if timing is None else timing.take(block):
+        if timing is None:
+            # Each frame has a position of its own, unless its number comes twice.
+            distinct = bool((block.indices[1:] > block.indices[:-1]).all())
+            self._add_located(block, *scan.locate(block.indices), distinct=distinct)
+            return
+        for located in timing.take(block):
             self._add_located(*located)
 
-    def _add_located(self, block: FrameBlock, passes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
+    def _add_located(
+        self, block: FrameBlock, passes: np.ndarray, rows: np.ndarray, columns: np.ndarray, *, distinct: bool = False
+    ) -> None:
         if self.setup.passes is not None:
             self.beyond += int(np.count_nonzero(passes >= self.setup.passes))
         inside = (rows >= 0) & (passes >= 0) & self._plausible(passes)
         self._outside += int(np.count_nonzero(~inside))
         which = np.flatnonzero(inside)
         while len(which):
-            which = self._add_unique(block, which, passes, rows, columns)
+            which = self._add_unique(block, which, passes, rows, columns, distinct)
 
     def _plausible(self, passes: np.ndarray) -> np.ndarray:
         """Frames of an announced pass; in an endless series, not of one far ahead unless a whole row says so."""
@@ -161,9 +168,16 @@ class Engine:
         return near | (self._frames_ahead > self.setup.scan.shape[1])
 
     def _add_unique(
-        self, block: FrameBlock, which: np.ndarray, passes: np.ndarray, rows: np.ndarray, columns: np.ndarray
+        self,
+        block: FrameBlock,
+        which: np.ndarray,
+        passes: np.ndarray,
+        rows: np.ndarray,
+        columns: np.ndarray,
+        distinct: bool,
     ) -> np.ndarray:
-        """Add the first frame of each position; returns the others, to be looked at again.
+        """Add the first frame of each position (of which each has but one if ``distinct``), as many as can be added
+        together; returns the others, to be looked at again.
 
         A second frame is a duplicate only if the first one was sound.
         """
@@ -175,32 +189,35 @@ class Engine:
         if len(which) == 0:
             return which
         ny, nx = self.setup.scan.shape
-        _, first = np.unique((passes[which] * ny + rows[which]) * nx + columns[which], return_index=True)
-        chosen = which[np.sort(first)]
         # One pass at a time: a row's frames of two passes must never be looked at together.
-        chosen = chosen[passes[chosen] == passes[chosen].min()]
+        take = passes[which] == passes[which].min()
+        row_key = passes[which] * ny + rows[which]
+        if not distinct:
+            _, first = np.unique(row_key * nx + columns[which], return_index=True)
+            take &= np.isin(np.arange(len(which)), first)
         # More rows at a time than there are slots could never be placed together.
-        row_key = passes[chosen] * ny + rows[chosen]
-        if len(np.unique(row_key)) > BATCH_ROWS:
-            chosen = chosen[np.isin(row_key, np.unique(row_key)[:BATCH_ROWS])]
+        keys, _ = groups(row_key[take])
+        if len(keys) > BATCH_ROWS:
+            take &= row_key <= keys[BATCH_ROWS - 1]
+        chosen = which[take]
         slots = self._slots_for(passes[chosen], rows[chosen])
         targets = slots * nx + columns[chosen]
         assembler = self._assembler
         status = self._decoder.decode(
-            block.take(chosen),
+            block if len(chosen) == len(block) else block.take(chosen),
             targets,
             assembler.pixels.reshape(-1, assembler.pixels.shape[2]),
             assembler.sums.reshape(-1, 4),
         )
         sound = status == 0
-        if not sound.all():
-            self._undecodable += int(np.count_nonzero(~sound))
+        good, slots = (chosen, slots) if sound.all() else (chosen[sound], slots[sound])
+        if len(good) < len(chosen):
+            self._undecodable += len(chosen) - len(good)
             self.last_reason = REASONS[int(status[~sound][-1])]
         with self._rows_lock:
-            good = chosen[sound]
-            assembler.mark(slots[sound], passes[good], rows[good], columns[good], block.time_ns)
+            assembler.mark(slots, passes[good], rows[good], columns[good], block.time_ns)
         self._accepted += len(good)
-        return np.setdiff1d(which, chosen)
+        return which[~take]
 
     def _slots_for(self, passes: np.ndarray, rows: np.ndarray) -> np.ndarray:
         while True:
