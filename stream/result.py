@@ -188,7 +188,7 @@ def describe_result(path: Path) -> list[tuple[str, str]]:
     try:
         with h5py.File(path) as file:
             rows = [("file", str(path)), ("layout", "liveptycho result")]
-            if left_out := str(file.attrs["channels_left_out"]):
+            if left_out := str(file.attrs.get("channels_left_out", "")):
                 rows.append(("images", left_out_sentence(left_out.split(","))))
             rows += [
                 (name, f"{item.dtype.name} {item.shape}")
