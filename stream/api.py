@@ -8,7 +8,9 @@
             show(snapshot.images["phase"])
             await session.change(aberrations={"C10": -80.0})
 
-Settings are keyword arguments with the keys and units of ``stream.config.Settings``.
+Settings are keyword arguments with the keys and units of ``stream.config.Settings``. ``channels="phase,bf"`` makes
+these images only, see ``stream.snapshot.IMAGE_CHANNELS``; what is left out costs nothing, and result and snapshots name
+it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from detectors.errors import ConfigurationError
 from stream.kernels import method_named
 from stream.optics import ORIENTATIONS, Aberrations
+from stream.snapshot import IMAGE_CHANNELS
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -41,6 +42,19 @@ def _shape(value: Any) -> Any:
     if isinstance(value, str):
         return parse_shape(value)
     return tuple(value) if isinstance(value, (list, tuple, np.ndarray)) else value
+
+
+def _image_channels(value: Any) -> tuple[str, ...]:
+    """Names of image channels in their usual order; a text is split at commas, as it comes from a flag."""
+    names = value.split(",") if isinstance(value, str) else value
+    if isinstance(names, (list, tuple, set, frozenset)):
+        wanted = [name.strip() if isinstance(name, str) else name for name in names]
+        if wanted and len(set(wanted)) == len(wanted) and set(wanted) <= IMAGE_CHANNELS.keys():
+            return tuple(name for name in IMAGE_CHANNELS if name in wanted)
+    raise ConfigurationError(
+        f"channels are the images to be made: one or more of {', '.join(IMAGE_CHANNELS)}, each once, for example "
+        f"phase,bf; got {value!r} (one of a detector's thresholds is chosen with channel, without s)"
+    )
 
 
 def _number(low: float, high: float) -> Any:
@@ -108,6 +122,8 @@ class Settings(BaseModel):
     """how the frames as sent lie on the detector: see ``stream.optics.ORIENTATIONS``"""
     channel: str | None = None
     """of several thresholds the one to reconstruct, by its name in the stream; ``A-B`` for a difference of two"""
+    channels: Annotated[tuple[str, ...], BeforeValidator(_image_channels)] | None = None
+    """the images to be made: names of ``stream.snapshot.IMAGE_CHANNELS``; in text ``phase,bf``. None: all of them"""
     averaging: bool | None = None
     """average the passes instead of letting the newest replace the others"""
 

@@ -47,6 +47,7 @@ class FrameDecoder:
     ``detector_shape`` (rows, columns), ``dtype`` u1/u2/u4/f4, ``bf_pixels`` int64 (K,) ascending flat indices, ``good``
     bool ``detector_shape`` (False = masked: counts as 0 everywhere). ``threads`` workers share each block. With
     ``maximum_is_masked`` pixels of the largest value that ``dtype`` has count as 0 too, frame by frame; f4 has none.
+    ``moments``, ``pattern``: whether first moments and the mean pattern are wanted.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class FrameDecoder:
         threads: int,
         *,
         maximum_is_masked: bool = False,
+        moments: bool = True,
+        pattern: bool = True,
     ) -> None:
         pixels = detector_shape[0] * detector_shape[1]
         bad = np.flatnonzero(~good.ravel())
@@ -76,6 +79,7 @@ class FrameDecoder:
         self._pattern = np.zeros(pixels, np.float64 if dtype.kind == "f" else np.uint64)
         self._pattern_lock = threading.Lock()
         self.frames = 0
+        self._wants_pattern = pattern
 
     def decode(self, block: FrameBlock, targets: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """Decode each frame of ``block`` into ``rows[target]`` (positions, K) and ``sums[target]`` (positions, 4).
@@ -150,6 +154,8 @@ class FrameDecoder:
 
         Taken while another thread decodes, it may miss the frames being added at that moment.
         """
+        if not self._wants_pattern:
+            return np.zeros(self.detector_shape)
         with self._pattern_lock:
             total = self._pattern.astype(np.float64)
             for worker in self._workers:

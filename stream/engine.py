@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from detectors.errors import DoesNotFit
+from detectors.errors import ConfigurationError, DoesNotFit
 from detectors.messages import FrameBlock
 from stream.accumulator import Accumulator
 from stream.array import Device
@@ -26,8 +26,18 @@ from stream.optics import Probe
 from stream.ring import RowRing
 from stream.row_timing import RowTiming
 from stream.setup import BATCH_ROWS, MemoryPlan, Setup, open_rows
-from stream.snapshot import IMAGE_UNITS, Counters
+from stream.snapshot import Counters, left_out_sentence
 from stream.unpack import BRIGHT_FIELD, MOMENT_COLUMN, MOMENT_ROW, REASONS, TOTAL
+
+_MOMENTS = (TOTAL, MOMENT_ROW, MOMENT_COLUMN)
+
+#: Virtual images -> the sums over each frame that they are made from.
+_SUMS_FOR: dict[str, tuple[int, ...]] = {
+    "bright_field": (BRIGHT_FIELD,),
+    "dark_field": (TOTAL, BRIGHT_FIELD),
+    "com_row": _MOMENTS,
+    "com_column": _MOMENTS,
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class Engine:
             self._executor,
             self._threads,
             maximum_is_masked=setup.maximum_is_masked,
+            moments="com" in setup.channels,
+            pattern="pattern" in setup.channels,
         )
         self._assembler = RowAssembler(
             shape,
@@ -79,9 +91,10 @@ class Engine:
         self._timing = RowTiming(setup.scan) if setup.scan.rows_by_time else None
         self._rows_lock = threading.Lock()
         self._compute_lock = threading.RLock()
-        self._ring = RowRing(shape, pixels, setup.dtype, device, setup.averaging)
+        # Without a phase the ring keeps no pixels: only which frames came.
+        self._ring = RowRing(shape, setup.kept_pixels, setup.dtype, device, setup.averaging)
         self._accumulator: Accumulator | None = None
-        """None while its kernels are being made"""
+        """None while its kernels are being made, and where the phase is left out"""
         self._coming: Accumulator | None = None
         """the accumulator that is catching up with the ring: of the first kernels, or of changed optics"""
         self._first_kernels: Future[None] | None = None
@@ -100,10 +113,10 @@ class Engine:
         """frames of passes beyond those that are taken"""
         self.last_reason = ""
         """why the last undecodable frame was one"""
-        if in_background:
+        if "phase" in setup.channels:
             self._first_kernels = self._executor.submit(self._contract_anew, setup, plan)
-        else:
-            self._contract_anew(setup, plan)
+            if not in_background:
+                self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
         """Wait for kernels that are being made in the background. Raises ``DoesNotFit`` when that has failed."""
@@ -280,7 +293,8 @@ class Engine:
                 current.remove(rows)
             for item in batch:
                 self._commit(item)
-            if self._accumulator is not None:  # else kernels are being made, and whoever does it adds them
+            # Without an accumulator, kernels are being made, and whoever does it adds the rows; or there is no phase.
+            if self._accumulator is not None:
                 self._accumulator.add(rows)
             with self._rows_lock:
                 for item in batch:
@@ -297,7 +311,7 @@ class Engine:
             elif ring.pass_of_row[item.row] >= 0:
                 self._missing_before += int(self._missing_of_row[item.row])
                 sums[:] = 0
-        ring.commit(item.row, item.pass_, self._assembler.pixels[item.slot], received)
+        ring.commit(item.row, item.pass_, self._assembler.pixels[item.slot][:, : self.setup.kept_pixels], received)
         sums[received] += self._assembler.sums[item.slot][received]
         self._missing_of_row[item.row] = self._missing_in(item.row)
 
@@ -311,7 +325,8 @@ class Engine:
     def change(self, probe: Probe, method: Method) -> None:
         """New optics or another method, without a new scan: every row in the ring is contracted again.
 
-        Energy and semi-angle must stay what they were, since they decide which pixels the ring holds.
+        Energy and semi-angle must stay what they were, since they decide which pixels the ring holds. Where the phase
+        is left out, only the axes matter, to the centre of mass.
         """
         kept = (self.setup.probe.energy_ev, self.setup.probe.semiangle)
         if (probe.energy_ev, probe.semiangle) != kept:
@@ -320,6 +335,10 @@ class Engine:
         setup = replace(self.setup, probe=probe, method=method)
         plan = MemoryPlan.of(setup)
         plan.check(self.device, held=self.plan)
+        if "phase" not in setup.channels:
+            with self._compute_lock:
+                self.setup, self.plan = setup, plan
+            return
         with self._changing:
             before = self.setup, self.plan
             try:
@@ -331,7 +350,7 @@ class Engine:
 
     def _contract_anew(self, setup: Setup, plan: MemoryPlan) -> None:
         with self._compute_lock:
-            self._last_view = self.view(IMAGE_UNITS) if self._accumulator is not None else self._last_view
+            self._last_view = self.view() if self._accumulator is not None else self._last_view
             # The old kernels go before the new ones come: both together were not planned for. Meanwhile rows go on
             # into the ring, and viewers see what there was.
             self._accumulator = None
@@ -386,8 +405,11 @@ class Engine:
     def object(self) -> np.ndarray:
         """The complex object, complex64 scan shape; ones before the first row. See ``Accumulator.object``.
 
-        Waits for kernels that are being made. Raises ``DoesNotFit`` when that has failed.
+        Waits for kernels that are being made. Raises ``DoesNotFit`` when that has failed, and ``ConfigurationError``
+        where the phase is left out.
         """
+        if "phase" not in self.setup.channels:
+            raise ConfigurationError(f"there is no object without the phase; {left_out_sentence(self.setup.left_out)}")
         self.wait_until_ready()
         with self._changing, self._compute_lock:
             return self._object()
@@ -411,7 +433,7 @@ class Engine:
         intensity = float((mean.sum(axis=1) / held.sum(axis=1)).mean())
         return intensity if intensity > 0 else None
 
-    def view(self, names: Iterable[str]) -> View:
+    def view(self, names: Iterable[str] | None = None) -> View:
         """Images (see ``images``) together with what they show, all of one moment; no images before the first row."""
         with self._compute_lock:
             if self._accumulator is None and self._last_view is not None:
@@ -419,10 +441,15 @@ class Engine:
             rows, last_row, counters = int(self.rows_acquired.sum()), self.last_row, self.counters
             return View({} if rows == 0 else self.images(names), rows, last_row, counters)
 
-    def images(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Images by name (see ``stream.snapshot.IMAGE_UNITS``): float32, NaN where there is nothing yet."""
-        names = set(names)
+    def images(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Images by name (see ``stream.snapshot.IMAGE_UNITS``): float32, NaN where there is nothing yet.
+
+        ``names``: by default all that this set-up makes; there are no others.
+        """
+        made = set(self.setup.image_names)
+        names = made if names is None else made & set(names)
         out: dict[str, np.ndarray] = {}
+        columns = {column for name in names for column in _SUMS_FOR.get(name, ())}
         with self._compute_lock:
             acquired = self._ring.acquired
             if names & {"phase", "amplitude"}:
@@ -430,20 +457,19 @@ class Engine:
                 obj[~acquired] = np.nan
                 out["phase"], out["amplitude"] = np.angle(obj), np.abs(obj)
                 out["phase"][~acquired] = np.nan
-            sums = (
-                np.where(self._ring.frames > 0, 1.0, np.nan)[..., None]
-                * self._sums
-                / np.maximum(self._ring.frames, 1)[..., None]
-            )
-        out["bright_field"] = sums[..., BRIGHT_FIELD]
-        out["dark_field"] = sums[..., TOTAL] - sums[..., BRIGHT_FIELD]
+            frames = np.where(self._ring.frames > 0, self._ring.frames, np.nan) if columns else np.nan
+            sums = {column: self._sums[..., column] / frames for column in columns}
+        if "bright_field" in names:
+            out["bright_field"] = sums[BRIGHT_FIELD]
+        if "dark_field" in names:
+            out["dark_field"] = sums[TOTAL] - sums[BRIGHT_FIELD]
         if names & {"com_row", "com_column"}:
             out["com_row"], out["com_column"] = self._centre_of_mass(sums)
         if "mean_pattern" in names:
             out["mean_pattern"] = self._decoder.mean_pattern()
         return {name: np.ascontiguousarray(image, np.float32) for name, image in out.items() if name in names}
 
-    def _centre_of_mass(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _centre_of_mass(self, sums: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Centre of mass of each whole pattern relative to the disk's centre, in the scan frame [mrad].
 
         CoM_scan = R(theta) T CoM_detector, with the rotation of the reconstruction.
@@ -451,7 +477,7 @@ class Engine:
         geometry = self.setup.geometry
         with np.errstate(invalid="ignore", divide="ignore"):
             row, column = (
-                (sums[..., moment] / sums[..., TOTAL] - centre) * pixel
+                (sums[moment] / sums[TOTAL] - centre) * pixel
                 for moment, centre, pixel in zip(
                     (MOMENT_ROW, MOMENT_COLUMN), geometry.bf_centre_px, geometry.pixel_mrad, strict=True
                 )

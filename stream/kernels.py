@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class _Column:
 
     def most(self, ny: int) -> int:
         """How many bins it can be padded to."""
-        return self.count + 2 * len(self.beyond(ny))
+        return self.count + 2 * (ny - len(self.direct)) * self.pads
 
     def padded(self, count: int, ny: int) -> _Column:
         """The same with ``count`` bins, the additional ones beyond the cutoff."""
@@ -179,6 +180,7 @@ class Passband:
     """runs of columns with equal numbers of entries, for which one batched matrix product does"""
 
     @classmethod
+    @lru_cache(maxsize=4)  # it is asked for again with every plan, and takes a second for thousands of rows
     def select(
         cls, scan_shape: tuple[int, int], scan_step: tuple[float, float], cutoff: float, antisymmetric: bool
     ) -> Passband:

@@ -22,6 +22,7 @@ from stream.kernels import METHODS
 from stream.optics import ORIENTATIONS, Aberrations, AxesRelation, Probe, electron_wavelength
 from stream.scan import ScanPattern
 from stream.setup import Setup
+from stream.snapshot import IMAGE_CHANNELS
 
 #: py4DSTEM's default aperture roll-off.
 DEFAULT_ROLLOFF_MRAD = 2.0
@@ -91,6 +92,7 @@ class Parameters:
             METHODS[value["method"]],
             passes,
             value["averaging"],
+            channels=frozenset(value["channels"]),
         )
 
     def as_toml(self) -> str:
@@ -145,6 +147,7 @@ _DEFAULTS: dict[str, Any] = {
     "row_starts": "index",
     "orientation": "as-sent",
     "averaging": False,
+    "channels": tuple(IMAGE_CHANNELS),
 }
 
 
@@ -290,9 +293,9 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _plain(value: Any) -> str:
-    return (
-        "x".join(map(str, value)) if isinstance(value, tuple) and all(isinstance(v, int) for v in value) else str(value)
-    )
+    if isinstance(value, tuple) and all(isinstance(v, int) for v in value):
+        return "x".join(map(str, value))
+    return ",".join(value) if isinstance(value, tuple) and all(isinstance(v, str) for v in value) else str(value)
 
 
 def load_pixel_mask(path: Path) -> np.ndarray:

@@ -30,7 +30,7 @@ from stream.parameters import MeasuredDisk, Parameters, Resolution, good_pixels
 from stream.result import Result
 from stream.scan import ScanPattern
 from stream.setup import DETECTOR_PIXEL_BYTES, Setup
-from stream.snapshot import IMAGE_UNITS, Counters
+from stream.snapshot import Counters
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class Reconstruction:
         survey_only: bool = False,
         live: bool = False,
     ) -> None:
-        # A stream knows nothing of our files: it must not have us read any.
-        own = {key: value for key, value in start.settings.items() if key not in ("pixel_mask", "positions")}
+        # A stream knows nothing of our files: it must not have us read any. Nor does it choose what the user gets.
+        own = {k: value for k, value in start.settings.items() if k not in ("pixel_mask", "positions", "channels")}
         if start.scan_shape is not None:
             own["scan_shape"] = start.scan_shape
         self.start, self.source, self._device = start, source, device
@@ -135,7 +135,7 @@ class Reconstruction:
         parameters = self.look()
         setup = self._setup(parameters)
         engine = Engine(setup, self._device, threads=self._threads, in_background=self._live)
-        if setup.passband.entries == 0:
+        if "phase" in setup.channels and setup.passband.entries == 0:
             self._note(
                 "no scan frequency of this scan lies within 2 alpha / lambda, so the phase will be empty: check "
                 "scan_step_angstrom and semiangle_mrad"
@@ -268,6 +268,8 @@ class Reconstruction:
         geometry = engine.setup.geometry
         if self._resolution.needs_disk or self._resolution.known.get("find_bad_pixels") is False:
             return
+        if "pattern" not in engine.setup.channels:
+            return
         pattern = engine.images(["mean_pattern"])["mean_pattern"].astype(np.float64)
         frames = max(1, engine.counters.received)
         disk = find_bf_disk(
@@ -307,8 +309,8 @@ class Reconstruction:
         engine = self.prepare()
         assert self.parameters is not None
         return Result(
-            engine.object(),
-            engine.images(IMAGE_UNITS),
+            engine.object() if "phase" in engine.setup.channels else None,
+            engine.images(),
             engine.positions_received,
             self.parameters,
             engine.setup,

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from stream.acquisition import Acquisition
-from stream.snapshot import IMAGE_UNITS, Counters, Snapshot
+from stream.snapshot import Counters, Snapshot
 
 
 def fill_snapshot(blank: Snapshot, acquisition: Acquisition) -> Snapshot:
@@ -28,7 +28,7 @@ def fill_snapshot(blank: Snapshot, acquisition: Acquisition) -> Snapshot:
     if engine is None or parameters is None:
         return snapshot
     value = parameters.values
-    view = engine.view(IMAGE_UNITS)
+    view = engine.view()
     now = time.time()
     latency = None
     if view.last_row is not None and acquisition.state == "scanning":
@@ -53,5 +53,6 @@ def fill_snapshot(blank: Snapshot, acquisition: Acquisition) -> Snapshot:
         aberrations=value["aberrations"],
         method=value["method"],
         latency_ms=latency,
+        left_out=engine.setup.left_out,
         images=view.images,
     )

@@ -14,12 +14,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from detectors.errors import DataFileError
+from detectors.errors import ConfigurationError, DataFileError
 from stream.parameters import Parameters
 from stream.setup import Setup
-from stream.snapshot import IMAGE_UNITS, Counters
+from stream.snapshot import IMAGE_UNITS, Counters, channels_without, left_out_sentence
 
-#: Path in the file -> image; each gets an NXdata group, so that a viewer plots it with its axes.
+#: Path in the file -> image over the scan positions.
 _PLOTTED = {
     "phase": "phase",
     "amplitude": "amplitude",
@@ -42,11 +42,12 @@ def require_writable(path: Path) -> None:
 class Result:
     """A reconstruction, finished or not.
 
-    ``object`` complex64 scan shape, dimensionless, mean 1; ``images``: see ``stream.snapshot.IMAGE_UNITS``, float32,
-    NaN where nothing came; ``positions_received`` bool scan shape.
+    ``object`` complex64 scan shape, dimensionless, mean 1, None where the phase is left out; ``images``: see
+    ``stream.snapshot.IMAGE_UNITS``, float32, NaN where nothing came, without those that are left out;
+    ``positions_received`` bool scan shape.
     """
 
-    object: np.ndarray
+    object: np.ndarray | None
     images: Mapping[str, np.ndarray]
     positions_received: np.ndarray
     parameters: Parameters
@@ -59,8 +60,23 @@ class Result:
 
     @property
     def phase(self) -> np.ndarray:
-        """arg of the object [rad], float32 scan shape; NaN in rows that were not acquired."""
+        """arg of the object [rad], float32 scan shape; NaN in rows that were not acquired.
+
+        Raises ``ConfigurationError`` where the phase is left out.
+        """
+        if "phase" not in self.images:
+            raise ConfigurationError(f"there is no phase; {left_out_sentence(self.channels_left_out)}")
         return self.images["phase"]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The channels of ``stream.snapshot.IMAGE_CHANNELS`` whose images were made."""
+        return channels_without(self.channels_left_out)
+
+    @property
+    def channels_left_out(self) -> tuple[str, ...]:
+        """Those whose images were not made, because they were not asked for."""
+        return self.setup.left_out
 
     def save(self, path: str | Path) -> None:
         """Write the result file; an existing one is replaced once the new one is complete.
@@ -93,34 +109,38 @@ class Result:
             }
         )
         entry = file.create_group("reconstruction")
-        entry.attrs.update({"NX_class": "NXentry", "default": "phase"})
-        entry["title"] = f"{self.setup.method.name} reconstruction of {self.source}"
+        entry.attrs["NX_class"] = "NXentry"
+        what = f"{self.setup.method.name} reconstruction" if "phase" in self.images else "virtual images"
+        entry["title"] = f"{what} of {self.source}"
         # The arrays themselves stand at the root, under plain names; the NXdata groups link to them.
-        file["object"] = self.object
-        file["object"].attrs["units"] = "1"
-        for name, image in _PLOTTED.items():
-            file[name] = self.images[image]
-            file[name].attrs["units"] = IMAGE_UNITS[image]
-        file["com"] = np.stack([self.images["com_row"], self.images["com_column"]])
-        file["com"].attrs.update(
-            {"units": "mrad", "components": ["row", "column"], "frame": "scan axes, relative to bf_centre_px"}
-        )
-        file["mean_pattern"] = self.images["mean_pattern"]
-        file["mean_pattern"].attrs["units"] = "counts/frame"
-        file["positions_received"] = self.positions_received
-        file["pixel_mask"] = self.setup.geometry.good.astype(np.uint8)
-        file["pixel_mask"].attrs["meaning"] = "1 = good"
         rows, columns = self.setup.scan.shape
         for axis, count, length in (("row", rows, step[0]), ("column", columns, step[1])):
             file[f"axes/{axis}"] = np.arange(count) * length
             file[f"axes/{axis}"].attrs["units"] = "angstrom"
-        for group in ("virtual", "axes"):
+        if self.object is not None:
+            file["object"] = self.object
+            file["object"].attrs["units"] = "1"
+        scan_axes = ["row", "column"]
+        for path, image in _PLOTTED.items():
+            if image in self.images:
+                file[path] = self.images[image]
+                file[path].attrs["units"] = IMAGE_UNITS[image]
+                _plot(file, entry, image, path, scan_axes)
+        if {"com_row", "com_column"} <= self.images.keys():
+            file["com"] = np.stack([self.images["com_row"], self.images["com_column"]])
+            file["com"].attrs.update(
+                {"units": "mrad", "components": ["row", "column"], "frame": "scan axes, relative to bf_centre_px"}
+            )
+            _plot(file, entry, "com", "com", [".", *scan_axes])
+        if "mean_pattern" in self.images:
+            file["mean_pattern"] = self.images["mean_pattern"]
+            file["mean_pattern"].attrs["units"] = "counts/frame"
+            _plot(file, entry, "mean_pattern", "mean_pattern", [".", "."])
+        file["positions_received"] = self.positions_received
+        file["pixel_mask"] = self.setup.geometry.good.astype(np.uint8)
+        file["pixel_mask"].attrs["meaning"] = "1 = good"
+        for group in {"virtual", "axes"} & file.keys():
             file[group].attrs["NX_class"] = "NXcollection"
-        for name, image in _PLOTTED.items():
-            data = entry.create_group(image)
-            data.attrs.update({"NX_class": "NXdata", "signal": image, "axes": ["row", "column"]})
-            data[image] = file[name]
-            data["row"], data["column"] = file["axes/row"], file["axes/column"]
         file.attrs.update(self._attributes())
 
     def _attributes(self) -> dict[str, Any]:
@@ -137,9 +157,21 @@ class Result:
         out["passes"] = self.passes
         out.update({f"frames_{name}": count for name, count in self.counters.as_dict().items()})
         out["detector"] = json.dumps(dict(self.detector), default=str)
+        out["channels_left_out"] = ",".join(self.channels_left_out)
         out["sources"] = json.dumps(dict(self.parameters.sources))
         out["configuration"] = self.parameters.as_toml()
         return out
+
+
+def _plot(file: Any, entry: Any, name: str, path: str, axes: list[str]) -> None:
+    """An NXdata group for the image at ``path``, so that a viewer plots it with its axes; the first is the default."""
+    data = entry.create_group(name)
+    data.attrs.update({"NX_class": "NXdata", "signal": name, "axes": axes})
+    data[name] = file[path]
+    for axis in set(axes) - {"."}:
+        data[axis] = file[f"axes/{axis}"]
+    if "default" not in entry.attrs:
+        entry.attrs["default"] = name
 
 
 def is_result(path: Path) -> bool:
@@ -156,15 +188,17 @@ def describe_result(path: Path) -> list[tuple[str, str]]:
     try:
         with h5py.File(path) as file:
             rows = [("file", str(path)), ("layout", "liveptycho result")]
+            if left_out := str(file.attrs.get("channels_left_out", "")):
+                rows.append(("images", left_out_sentence(left_out.split(","))))
             rows += [
                 (name, f"{item.dtype.name} {item.shape}")
                 for name, item in file.items()
                 if isinstance(item, h5py.Dataset)
             ]
             rows += [
-                (key, str(value))
+                (key, ", ".join(map(str, value)) if key == "channels" else str(value))
                 for key, value in file.attrs.items()
-                if key not in ("NX_class", "default", "creator", "format", "sources")
+                if key not in ("NX_class", "default", "creator", "format", "sources", "channels_left_out")
             ]
             return rows
     except OSError as error:

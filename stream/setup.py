@@ -15,6 +15,7 @@ from stream.kernels import KernelTable, Method, Passband, is_real_kernel, make_k
 from stream.optics import Probe
 from stream.ring import ring_bytes
 from stream.scan import ScanPattern
+from stream.snapshot import IMAGE_CHANNELS, IMAGE_UNITS, channels_without
 
 #: Rows contracted in one go when they are there: the matrix products gain little beyond.
 BATCH_ROWS = 16
@@ -36,7 +37,8 @@ class Setup:
 
     ``scan_step`` (row, column) [Å]; ``dtype`` of the frames; ``passes`` None for continuous scanning; ``averaging``
     averages the passes instead of letting the newest one replace the others. ``maximum_is_masked``: pixels of the
-    dtype's largest value are not counts.
+    dtype's largest value are not counts. ``channels``: which images are made, by names of ``IMAGE_CHANNELS``; without
+    ``phase`` no bright-field pixels are kept and nothing is contracted.
     """
 
     geometry: DetectorGeometry
@@ -48,6 +50,23 @@ class Setup:
     passes: int | None = 1
     averaging: bool = False
     maximum_is_masked: bool = False
+    channels: frozenset[str] = frozenset(IMAGE_CHANNELS)
+
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """The images that are made, in the order of ``IMAGE_UNITS``."""
+        wanted = {image for channel in self.channels for image in IMAGE_CHANNELS[channel]}
+        return tuple(name for name in IMAGE_UNITS if name in wanted)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The channels whose images are not made."""
+        return channels_without(self.channels)
+
+    @property
+    def kept_pixels(self) -> int:
+        """How many bright-field pixels of each position are kept for the phase."""
+        return len(self.geometry.bf_pixels) if "phase" in self.channels else 0
 
     @property
     def passband(self) -> Passband:
@@ -73,15 +92,17 @@ class MemoryPlan:
     def of(cls, setup: Setup) -> MemoryPlan:
         pixels = len(setup.geometry.bf_pixels)
         shape, dtype = setup.scan.shape, setup.dtype
+        images = math.prod(shape) * _POSITION_BYTES + math.prod(setup.geometry.shape) * DETECTOR_PIXEL_BYTES
+        opened = open_rows(setup) * shape[1] * (pixels * dtype.itemsize + 33)
+        if "phase" not in setup.channels:
+            return cls(ring=0, kernels=0, contracted=0, work=images, open_rows=opened)
         passband = setup.passband
         return cls(
             ring=ring_bytes(shape, pixels, dtype, setup.averaging),
             kernels=table_bytes(passband, pixels, is_real_kernel(setup.method, setup.probe)),
             contracted=contracted_bytes(passband) if setup.passes != 1 else 0,
-            work=BATCH_ROWS * (shape[1] * pixels * 4 + passband.column_count * pixels * 16)
-            + math.prod(shape) * _POSITION_BYTES
-            + math.prod(setup.geometry.shape) * DETECTOR_PIXEL_BYTES,
-            open_rows=open_rows(setup) * shape[1] * (pixels * dtype.itemsize + 33),
+            work=BATCH_ROWS * (shape[1] * pixels * 4 + passband.column_count * pixels * 16) + images,
+            open_rows=opened,
         )
 
     @property

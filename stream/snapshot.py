@@ -6,7 +6,7 @@ is its reply. Nothing here is ever unpickled or evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +29,15 @@ IMAGE_UNITS: dict[str, str] = {
     "mean_pattern": "counts/frame",
 }
 
+#: What a user may ask for or leave out (``--channels``) -> the images that it stands for.
+IMAGE_CHANNELS: dict[str, tuple[str, ...]] = {
+    "phase": ("phase", "amplitude"),
+    "bf": ("bright_field",),
+    "df": ("dark_field",),
+    "com": ("com_row", "com_column"),
+    "pattern": ("mean_pattern",),
+}
+
 #: The states of a session, in the order in which it passes through them.
 STATES = ("waiting", "calibrating", "scanning", "finished", "stopped", "failed")
 
@@ -41,6 +50,17 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "snapshot": (),
     "stop": (),
 }
+
+
+def channels_without(channels: Collection[str]) -> tuple[str, ...]:
+    """The image channels that are not among ``channels``, in the order of IMAGE_CHANNELS."""
+    return tuple(name for name in IMAGE_CHANNELS if name not in channels)
+
+
+def left_out_sentence(left_out: Collection[str]) -> str:
+    """``left out: df, com (--channels phase,bf,pattern)``; empty where nothing is left out."""
+    made = ",".join(channels_without(left_out))
+    return f"left out: {', '.join(left_out)} (--channels {made})" if left_out else ""
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,8 @@ class Snapshot:
     """from the arrival of the newest row's last frame to this snapshot"""
     control_port: int | None = None
     """TCP port of the control socket, on the host that publishes"""
+    left_out: tuple[str, ...] = ()
+    """the channels of IMAGE_CHANNELS whose images the user did not ask for: they are not made"""
     images: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     """by name, see IMAGE_UNITS; all float32"""
 

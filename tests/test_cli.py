@@ -200,6 +200,17 @@ def test_help_has_units(name: str, helps: dict[str, str]) -> None:
         assert unit in re.sub(r"[│\s]+", " ", " ".join(lines[at : at + 3])), (name, flag)
 
 
+@pytest.mark.parametrize("name", ["live", "reconstruct", "info"])
+def test_help_tells_image_channels_from_thresholds(name: str, helps: dict[str, str]) -> None:
+    text = re.sub(r"[│\s]+", " ", helps[name])
+    threshold, images = re.findall(r" --channels? \S+ (.*?)(?= --[a-z]+)", text)
+    assert "threshold to reconstruct" in threshold
+    assert "Which images are made" in images
+    assert "phase, bf, df, com, pattern" in images
+    assert "Which images are made: see --channels." in text
+    assert "Which threshold of the detector is taken: see --channel." in text
+
+
 # mistakes: one line on stderr, no traceback, a code that is not 0
 
 MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
@@ -223,6 +234,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "output is a folder": (("reconstruct", "{scan}", "-o", "/tmp"), "cannot write"),
     "result over input": (("reconstruct", "{scan}", "-o", "{scan}"), "would overwrite its own source"),
     "passes": (("reconstruct", "{scan}", "-o", "r.h5", "--passes", "-3"), "--passes must be at least 1"),
+    "image channels": (
+        ("reconstruct", "{scan}", "-o", "r.h5", "--channels", "phase,haadf"), "one or more of phase, bf, df,",
+    ),
+    "live, image channels": (("live", "{taken}", "--no-viewer", "--channels", "bf,bf"), "each once"),
     "device": (("reconstruct", "{scan}", "-o", "r.h5", "--device", "abacus"), "unknown device 'abacus'"),
     "unknown TOML key": (("reconstruct", "{scan}", "-o", "r.h5", "--config", "key.toml"), "unknown key 'energie_kev'"),
     "no TOML": (("reconstruct", "{scan}", "-o", "r.h5", "--config", "text.h5"), "is not a TOML file"),
@@ -376,6 +391,28 @@ def test_simulate_to_live_record_and_back(run: Run, tmp_path: Path) -> None:
     run("reconstruct", "rec-2.h5", "--output", "third.h5", "--config", "same.toml").ended_well()
     with h5py.File(tmp_path / "r.h5") as one, h5py.File(tmp_path / "third.h5") as other:
         assert_same_object(other["object"][()], one["object"][()])
+
+
+def test_live_says_what_is_left_out_and_so_does_its_result(run: Run, tmp_path: Path) -> None:
+    sender = run(*SIMULATE, "--bind", "tcp://127.0.0.1:*")
+    flags = ("--no-viewer", "--output", "r.h5", "--device", "cpu", "--channels", "phase,bf")
+    out = run("live", endpoint_of(sender), *flags).ended_well()
+    sentence = "left out: df, com, pattern (--channels phase,bf)"
+    assert sentence in out[: out.index("frames received")], "said at the start"
+    assert "phase" in out
+    assert sentence in run("info", "r.h5").ended_well()
+    with h5py.File(tmp_path / "r.h5") as file:
+        assert {"phase", "object"} <= file.keys()
+        assert list(file["virtual"]) == ["bright_field"]
+        assert not {"com", "mean_pattern"} & file.keys()
+
+
+def test_reconstruct_without_the_phase(run: Run, scan: Path, tmp_path: Path) -> None:
+    out = run("reconstruct", scan, "-o", "r.h5", "--channels", "df,pattern", "--device", "cpu").ended_well()
+    assert "16x16 positions, images: dark_field, mean_pattern" in out
+    assert "left out: phase, bf, com (--channels df,pattern)" in out
+    with h5py.File(tmp_path / "r.h5") as file:
+        assert file["reconstruction"].attrs["default"] == "dark_field"
 
 
 def test_a_file_is_simulated_and_checked(run: Run, scan: Path) -> None:

@@ -92,15 +92,19 @@ def test_a_generic_viewer_finds_its_way(saved: Path) -> None:
         assert file.attrs["NX_class"] == "NXroot"
         entry = file[file.attrs["default"]]
         assert entry.attrs["NX_class"] == "NXentry"
-        groups = [entry[name] for name in entry if isinstance(entry[name], h5py.Group)]
-        assert entry[entry.attrs["default"]] in groups
-        assert len(groups) >= 4
-        for group in groups:
+        groups = {name: entry[name] for name in entry if isinstance(entry[name], h5py.Group)}
+        assert entry.attrs["default"] == "phase"
+        assert groups.keys() == {"phase", "amplitude", "bright_field", "dark_field", "com", "mean_pattern"}
+        for name, group in groups.items():
             assert group.attrs["NX_class"] == "NXdata"
             signal = group[group.attrs["signal"]]
-            assert signal.shape == CASE.scan
+            assert len(group.attrs["axes"]) == signal.ndim
             assert "units" in signal.attrs
-            for axis, count, step in zip(group.attrs["axes"], CASE.scan, CASE.step, strict=True):
+            if name == "mean_pattern":
+                assert signal.shape == CASE.detector
+                continue
+            assert signal.shape[-2:] == CASE.scan
+            for axis, count, step in zip(group.attrs["axes"][-2:], CASE.scan, CASE.step, strict=True):
                 np.testing.assert_allclose(group[axis], np.arange(count) * step)
                 assert group[axis].attrs["units"] == "angstrom"
         assert "scan.h5" in entry["title"][()].decode()
@@ -198,6 +202,8 @@ def test_describing_a_result(saved: Path, tmp_path: Path) -> None:
     rows = dict(describe_result(saved))
     assert rows["layout"] == "liveptycho result"
     assert rows["phase"] == "float32 (9, 12)"
+    assert rows["channels"] == "phase, bf, df, com, pattern"
+    assert "images" not in rows, "nothing is left out"
     assert rows["energy_kev"] == "200.0"
     assert dict(describe_file(saved).rows) == rows
     assert is_result(saved)

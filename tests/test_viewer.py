@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stream.snapshot import IMAGE_CHANNELS
 from tests.viewer_support import images, publisher, responder, snapshot
 
 pytest.importorskip("PySide6.QtWidgets", reason="the viewer's window needs PySide6", exc_type=ImportError)
@@ -364,3 +365,97 @@ def test_screenshot_from_the_command_line(tmp_path: Path) -> None:
     image = QtGui.QImage(str(picture))
     assert (image.width(), image.height()) == (1400, 900)
     assert np.unique(np.array([image.pixel(x, 450) for x in range(0, 1400, 7)])).size > 3
+
+
+def without(*channels: str, **changes: Any) -> dict[str, Any]:
+    """What a snapshot of a session is made of that leaves out these channels."""
+    gone = {image for channel in channels for image in IMAGE_CHANNELS[channel]}
+    return {
+        "left_out": channels,
+        "images": {name: image for name, image in images(rows=30).items() if name not in gone},
+        **changes,
+    }
+
+
+def test_left_out_images_are_said_in_their_places(window: Window) -> None:
+    screen = window.screen_
+    show(window, **without("df", "com", "pattern"))
+    assert screen.phase.absence.text() == screen.second.absence.text() == ""
+    assert screen.channel.name == "bright_field"
+    assert screen.pattern.absence.text() == "left out (--channels phase,bf)"
+    assert screen.pattern.picture.image is None
+    assert not screen.pattern.bar.isVisible()
+    assert not screen.pattern.circle.isVisible()
+    assert screen.pattern.readout.text() == ""
+    assert window.summary.values["Images"].text() == "left out: df, com, pattern (--channels phase,bf)"
+    assert window.summary.values["Images"].isVisible()
+    enabled = [screen.channels.model().flags(screen.channels.model().index(i, 0)) for i in range(len(SECOND))]
+    offered = [SECOND[i].name for i, flags in enumerate(enabled) if flags & QtCore.Qt.ItemFlag.ItemIsEnabled]
+    assert offered == ["bright_field", "amplitude"]
+    assert window.controls.numbers["C10"].isEnabledTo(window.controls._form)
+
+
+def test_a_key_for_a_left_out_image_says_so_and_steps_pass_it_over(window: Window, qtbot: Any) -> None:
+    screen = window.screen_
+    show(window, **without("df", "com", "pattern"))
+    press(window, "2", qtbot)
+    assert screen.channel.name == "dark_field"
+    assert screen.second.absence.text() == "left out (--channels phase,bf)"
+    press(window, "]", qtbot)
+    assert screen.channel.name == "amplitude"
+    assert screen.second.absence.text() == ""
+    press(window, "]", qtbot)
+    assert screen.channel.name == "bright_field"
+
+
+@pytest.mark.parametrize(
+    ("channels", "first", "second"),
+    [
+        (("bf", "df", "com"), "Bright field", "dark_field"),
+        (("com",), "CoM row", "com_column"),
+        (("bf",), "Bright field", "dark_field"),
+        (("pattern",), "Phase", "bright_field"),
+    ],
+)
+def test_without_the_phase_the_first_image_takes_its_place(
+    window: Window, channels: tuple[str, ...], first: str, second: str
+) -> None:
+    screen = window.screen_
+    gone = tuple(name for name in IMAGE_CHANNELS if name not in channels)
+    show(window, **without(*gone))
+    assert (screen.first.title, screen.channel.name) == (first, second)
+    assert screen._first_title.text() == first
+    assert screen._spectrum_title.text() == f"{first} spectrum"
+    there = channels != ("pattern",)
+    for panel in (screen.phase, screen.spectrum):
+        assert (panel.picture.image is not None) is there
+        assert bool(panel.absence.text()) is not there
+    if there:
+        assert screen.spectrum.bar.unit == f"{screen.first.unit}²"
+    for index in range(len(SECOND)):
+        screen.set_channel(index)
+        screen.second.set_cursor((0, 0))
+        screen.step_channel(1)
+    screen._show_values()
+    assert not window.grab().isNull()
+    assert not window.controls.numbers["C10"].isEnabledTo(window.controls._form), "it would change nothing"
+    assert window.controls.rotation.isEnabledTo(window.controls._form), "it turns the centre of mass"
+
+
+def test_the_next_session_may_make_everything_again(window: Window) -> None:
+    screen = window.screen_
+    show(window, **without("phase", "pattern"))
+    show(window, 1, session="second")
+    assert screen.first.title == screen._first_title.text() == "Phase"
+    assert [panel.bar.unit for panel in screen.panels] == ["rad", "counts", "counts/frame", "rad²"]
+    assert not any(panel.absence.text() for panel in screen.panels)
+    assert all(panel.bar.isVisible() for panel in screen.panels)
+    assert screen.pattern.circle.isVisible()
+    assert not window.summary.values["Images"].isVisible()
+    assert window.controls.numbers["C10"].isEnabledTo(window.controls._form)
+
+
+def test_an_unknown_channel_that_is_left_out_is_only_named(window: Window) -> None:
+    show(window, left_out=("haadf",))
+    assert window.summary.values["Images"].text() == "left out: haadf (--channels phase,bf,df,com,pattern)"
+    assert not any(panel.absence.text() for panel in window.screen_.panels)

@@ -180,6 +180,8 @@ def test_spectrum_is_the_plain_one_of_a_whole_image(shape: tuple[int, int]) -> N
         {"frames_per_s": None},
         {"message": 5},
         {"control_port": 1 << 20},
+        {"left_out": None},
+        {"left_out": ("df", 5)},
         {"images": {"phase": np.zeros(5, dtype=np.float32)}},
         {"images": {"phase": np.zeros((0, 5), dtype=np.float32)}},
     ],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from stream.snapshot import IMAGE_UNITS
+from stream.snapshot import IMAGE_CHANNELS, IMAGE_UNITS
 from viewer.contrast import Contrast, RobustContrast, SymmetricContrast
 
 
@@ -27,6 +27,15 @@ class Channel:
         unit = IMAGE_UNITS[self.name]
         return "" if unit == "1" else unit
 
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """The images of a snapshot that it is drawn from."""
+        return (self.name,)
+
+    def is_left_out(self, left_out: Collection[str]) -> bool:
+        """Whether a session that leaves out these channels of ``IMAGE_CHANNELS`` does not make it."""
+        return any(image in IMAGE_CHANNELS.get(name, ()) for name in left_out for image in self.image_names)
+
     def images(self, snapshot_images: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...] | None:
         """One float image (rows, columns), two (row and column component) of a vector; None if not there."""
         image = snapshot_images.get(self.name)
@@ -41,8 +50,12 @@ class VectorChannel(Channel):
     def unit(self) -> str:
         return IMAGE_UNITS[f"{self.name}_row"]
 
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        return f"{self.name}_row", f"{self.name}_column"
+
     def images(self, snapshot_images: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...] | None:
-        row, column = snapshot_images.get(f"{self.name}_row"), snapshot_images.get(f"{self.name}_column")
+        row, column = map(snapshot_images.get, self.image_names)
         return None if row is None or column is None or row.shape != column.shape else (row, column)
 
 
@@ -57,3 +70,15 @@ SECOND: tuple[Channel, ...] = (
     Channel("com_column", "CoM column", SymmetricContrast(), "blue-red"),
     VectorChannel("com", "CoM direction", RobustContrast(0, 99.5), "gray"),
 )
+
+
+def first_channel(left_out: Collection[str]) -> Channel:
+    """What the large panel shows: the phase; without it, the first image over the scan that there is."""
+    return next((channel for channel in (PHASE, *SECOND) if not channel.is_left_out(left_out)), PHASE)
+
+
+def second_channel(left_out: Collection[str], wanted: Channel) -> Channel:
+    """``wanted`` for the second panel, or what takes its place: the next best that the large panel does not show."""
+    first = first_channel(left_out)
+    others = [channel for channel in (wanted, *SECOND) if channel is not first]
+    return next((channel for channel in others if not channel.is_left_out(left_out)), others[0])

@@ -77,6 +77,7 @@ _CHECKS: dict[str, Check] = {
     "megabytes_per_s": _number,
     "latency_ms": _optional(_number),
     "control_port": _optional(_size),
+    "left_out": lambda value: isinstance(value, tuple) and all(map(_text, value)),
 }
 
 

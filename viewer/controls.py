@@ -94,6 +94,8 @@ class Controls(QtWidgets.QFrame):
             self._form.setEnabled(able)
         if snapshot is None:
             return
+        for widget in (*self.numbers.values(), self.method):
+            widget.setEnabled("phase" not in snapshot.left_out)  # they would change nothing
         self._session_aberrations = dict(snapshot.aberrations)
         for name, number in self.numbers.items():
             number.follow(snapshot.aberrations.get(name, 0.0))
@@ -108,7 +110,7 @@ class Controls(QtWidgets.QFrame):
         if index < 0:  # a newer session may know more methods than this viewer
             self.method.addItem(snapshot.method, snapshot.method)
             index = self.method.count() - 1
-        if not self.method.view().isVisible() and self.method.isEnabled():
+        if not self.method.view().isVisible() and self._form.isEnabled():
             self.method.setCurrentIndex(index)
 
     def show_answer(self, answer: Answer) -> None:

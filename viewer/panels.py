@@ -91,6 +91,7 @@ class ImagePanel(QtWidgets.QFrame):
         self.readout = ElidedLabel()
         self.readout.setObjectName("readout")
         self.readout.setAlignment(QtCore.Qt.AlignmentFlag.AlignRight | QtCore.Qt.AlignmentFlag.AlignVCenter)
+        self.absence = QtWidgets.QLabel()
         self._arrange(title)
 
         self.bar.dragged.connect(self._lock_at)
@@ -110,6 +111,19 @@ class ImagePanel(QtWidgets.QFrame):
         layout.addLayout(header)
         layout.addWidget(self.canvas, 1)
         layout.addWidget(self.bar)
+        self.absence.setObjectName("quiet")
+        self.absence.setTextFormat(QtCore.Qt.TextFormat.PlainText)
+        self.absence.setAttribute(QtCore.Qt.WidgetAttribute.WA_TransparentForMouseEvents)
+        self.absence.setAlignment(QtCore.Qt.AlignmentFlag.AlignCenter)
+        self.absence.setWordWrap(True)
+        QtWidgets.QVBoxLayout(self.canvas).addWidget(self.absence)
+
+    def say_absent(self, text: str) -> None:
+        """Why there is no image and none will come, in the middle of the panel; empty where one may."""
+        if text != self.absence.text():
+            self.absence.setText(text)
+            self.scale_bar.setVisible(not text)
+            self.bar.setVisible(not text)
 
     def show_image(self, images: tuple[np.ndarray, ...] | None, plane: Plane | None, unit: str) -> None:
         """Draw one float image (rows, columns) or a vector's two components [unit]; None leaves the ground."""

@@ -46,7 +46,11 @@ def save_data(path: Path, snapshot: Snapshot) -> None:
 def metadata(snapshot: Snapshot) -> dict[str, Any]:
     """All fields of a snapshot but its images."""
     fields = {name: getattr(snapshot, name) for name in Snapshot.__dataclass_fields__ if name != "images"}
-    return fields | {"counters": asdict(snapshot.counters), "aberrations": dict(snapshot.aberrations)}
+    return fields | {
+        "counters": asdict(snapshot.counters),
+        "aberrations": dict(snapshot.aberrations),
+        "left_out": ",".join(snapshot.left_out),
+    }
 
 
 def _free_stem(folder: Path, stem: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from PySide6 import QtCore, QtWidgets
+from PySide6 import QtCore, QtGui, QtWidgets
 
-from stream.snapshot import IMAGE_UNITS, Snapshot
+from stream.snapshot import IMAGE_UNITS, Snapshot, channels_without
 from viewer import geometry, theme
-from viewer.channels import PHASE, SECOND, Channel, VectorChannel
+from viewer.channels import PHASE, SECOND, Channel, VectorChannel, first_channel, second_channel
 from viewer.contrast import SCALES, LogScale
 from viewer.labels import title_label
 from viewer.panels import PATTERN_CONTRAST, SPECTRUM_CONTRAST, ImagePanel
@@ -25,14 +25,20 @@ class Screen(QtCore.QObject):
 
     def __init__(self) -> None:
         super().__init__()
+        self.first: Channel = PHASE
+        """what the large panel shows"""
         self.channel: Channel = SECOND[0]
+        self._left_out: tuple[str, ...] = ()
         self.channels = QtWidgets.QComboBox()
+        self._items = QtGui.QStandardItemModel()
+        self.channels.setModel(self._items)
         self.channels.addItems([channel.title for channel in SECOND])
         self.channels.setFocusPolicy(QtCore.Qt.FocusPolicy.NoFocus)  # its keys are the window's
-        self.phase = ImagePanel(title_label(PHASE.title), PHASE.contrast, PHASE.colors)
+        self._first_title, self._spectrum_title = title_label(PHASE.title), title_label("Phase spectrum")
+        self.phase = ImagePanel(self._first_title, PHASE.contrast, PHASE.colors)
         self.second = ImagePanel(self.channels, self.channel.contrast, self.channel.colors)
         self.pattern = ImagePanel(title_label("Mean pattern"), PATTERN_CONTRAST, "inferno", LogScale())
-        self.spectrum = ImagePanel(title_label("Phase spectrum"), SPECTRUM_CONTRAST, "inferno", LogScale(decades=6))
+        self.spectrum = ImagePanel(self._spectrum_title, SPECTRUM_CONTRAST, "inferno", LogScale(decades=6))
         self.panels = (self.phase, self.second, self.pattern, self.spectrum)
         self._snapshot: Snapshot | None = None
         self._pinned = False
@@ -54,6 +60,8 @@ class Screen(QtCore.QObject):
     def show_snapshot(self, snapshot: Snapshot, fresh: bool) -> None:
         """Draw ``snapshot``; ``fresh``: it is of another session or scan, so views and locks start over."""
         self._snapshot = snapshot
+        if snapshot.left_out != self._left_out:
+            self._leave_out(snapshot.left_out)
         if fresh:
             self._pinned = False
             for panel in self.panels:
@@ -68,11 +76,35 @@ class Screen(QtCore.QObject):
             self.fit()
         self._show_values()
 
+    def _leave_out(self, left_out: tuple[str, ...]) -> None:
+        """The session does not make the images of these channels: say so in their places, offer what there is."""
+        self._left_out = left_out
+        first, second = first_channel(left_out), second_channel(left_out, self.channel)
+        if first is not self.first:
+            self.first = first
+            self._first_title.setText(first.title)
+            self._spectrum_title.setText(f"{first.title} spectrum")
+            self.phase.set_contrast(first.contrast)
+            self.phase.set_colors(first.colors)
+            self.spectrum.unlock()
+            self._spectrum_of = None
+        for index, channel in enumerate(SECOND):
+            item = self._items.item(index)
+            item.setEnabled(not channel.is_left_out(left_out))
+            item.setToolTip(self._absence(channel.is_left_out(left_out)))
+        if second is not self.channel:
+            self._take_second(SECOND.index(second))
+
+    def _absence(self, absent: bool) -> str:
+        """What a panel says in the place of an image that is left out."""
+        return f"left out (--channels {','.join(channels_without(self._left_out))})" if absent else ""
+
     def _show_phase(self, snapshot: Snapshot) -> None:
-        images = PHASE.images(snapshot.images)
+        images = self.first.images(snapshot.images)
         shape = images[0].shape if images else snapshot.scan_shape
         plane = geometry.scan_plane(snapshot, shape) if shape else None
-        self.phase.show_image(images, plane, PHASE.unit)
+        self.phase.show_image(images, plane, self.first.unit)
+        self.phase.say_absent(self._absence(self.first.is_left_out(self._left_out)))
         y = None
         if plane and snapshot.scan_row is not None and snapshot.state == "scanning" and self._row_line_on:
             y = plane.point(snapshot.scan_row + 0.5, 0)[1]
@@ -85,6 +117,7 @@ class Screen(QtCore.QObject):
         shape = images[0].shape if images else snapshot.scan_shape
         plane = geometry.scan_plane(snapshot, shape) if shape else None
         self.second.show_image(images, plane, self.channel.unit)
+        self.second.say_absent(self._absence(self.channel.is_left_out(self._left_out)))
 
     def _show_pattern(self, snapshot: Snapshot) -> None:
         image = snapshot.images.get("mean_pattern")
@@ -93,22 +126,25 @@ class Screen(QtCore.QObject):
             return
         before, plane = self.pattern.plane, geometry.pattern_plane(snapshot, shape)
         self.pattern.show_image(None if image is None else (image,), plane, IMAGE_UNITS["mean_pattern"])
-        self.pattern.circle.set_radius(geometry.bf_circle(snapshot))
+        self.pattern.say_absent(self._absence("pattern" in self._left_out))
+        self.pattern.circle.set_radius(None if self.pattern.absence.text() else geometry.bf_circle(snapshot))
         if before is None or before.shape != plane.shape or before.unit != plane.unit:
             self.pattern.fit()
 
     def _show_spectrum(self, snapshot: Snapshot) -> None:
         self._spectrum_due_s = time.monotonic() + SPECTRUM_EVERY_S
-        phase = snapshot.images.get(PHASE.name)
+        self.spectrum.say_absent(self._absence(self.first.is_left_out(self._left_out)))
+        phase = snapshot.images.get(self.first.name)
         shape = phase.shape if phase is not None else snapshot.scan_shape
         if shape is None or snapshot is self._spectrum_of:
             return
         self._spectrum_of = snapshot
         before, plane = self.spectrum.plane, geometry.spectrum_plane(snapshot, shape)
         power = None if phase is None else power_spectrum(phase)
-        self.spectrum.show_image(None if power is None else (power,), plane, "rad²")
+        self.spectrum.show_image(None if power is None else (power,), plane, f"{self.first.unit}²")
         limit = geometry.cutoff(snapshot)
-        self.spectrum.circle.set_radius(None if limit is None else (limit, limit))
+        absent = bool(self.spectrum.absence.text())
+        self.spectrum.circle.set_radius(None if limit is None or absent else (limit, limit))
         if limit is not None:
             # Oversampled scans have an empty rim: show the transferred part, up to what was sampled.
             _, _, width, height = plane.rect
@@ -128,14 +164,20 @@ class Screen(QtCore.QObject):
 
     def set_channel(self, index: int) -> None:
         """Show SECOND[index] in the second panel, with its own colours and contrast."""
+        self._take_second(index)
+        self.redraw()
+
+    def _take_second(self, index: int) -> None:
         self.channel = SECOND[index]
         self.channels.setCurrentIndex(index)
         self.second.set_contrast(self.channel.contrast)
         self.second.set_colors(None if isinstance(self.channel, VectorChannel) else self.channel.colors)
-        self.redraw()
 
     def step_channel(self, step: int) -> None:
-        self.set_channel((SECOND.index(self.channel) + step) % len(SECOND))
+        """The next channel of those that are there."""
+        here = SECOND.index(self.channel)
+        steps = [(here + n * step) % len(SECOND) for n in range(1, len(SECOND) + 1)]
+        self.set_channel(next((i for i in steps if not SECOND[i].is_left_out(self._left_out)), here))
 
     def next_map(self) -> None:
         maps = theme.PHASE_MAPS
@@ -198,10 +240,14 @@ class Screen(QtCore.QObject):
     def _show_values(self, *_: object) -> None:
         """The values under the crosshairs; called at each snapshot too, for they change below a resting mouse."""
         self.phase.readout.setText(_joined(_place(self.phase), _values(self.phase)))
-        missing = "" if self.second.images or not self._has_images() else "not in this session"
+        there = self.second.images or not self._has_images() or self.second.absence.text()
+        missing = "" if there else "not in this session"
         self.second.readout.setText(missing or _values(self.second))
         self.pattern.readout.setText(_joined(_place(self.pattern), _values(self.pattern)) or self._disk_text())
         self.spectrum.readout.setText(_frequency(self.spectrum) or self._limit_text())
+        for panel in (self.pattern, self.spectrum):
+            if panel.absence.text():
+                panel.readout.setText("")
 
     def _has_images(self) -> bool:
         return self._snapshot is not None and bool(self._snapshot.images)

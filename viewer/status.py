@@ -5,7 +5,7 @@ from __future__ import annotations
 from PySide6 import QtWidgets
 
 from stream.optics import electron_wavelength
-from stream.snapshot import Snapshot
+from stream.snapshot import Snapshot, left_out_sentence
 from viewer import theme
 from viewer.labels import ElidedLabel, title_label
 from viewer.model import Presence
@@ -71,7 +71,7 @@ class StatusBar(QtWidgets.QStatusBar):
 class Summary(QtWidgets.QFrame):
     """Scan, pass, beam and detector in words and numbers."""
 
-    ROWS = ("Scan", "Pass", "Beam", "Detector")
+    ROWS = ("Scan", "Pass", "Beam", "Detector", "Images")
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,6 +79,7 @@ class Summary(QtWidgets.QFrame):
         self.progress = QtWidgets.QProgressBar()
         self.progress.setFormat("%v / %m rows")
         self.values = {name: ElidedLabel(NOTHING) for name in self.ROWS}
+        self.words: dict[str, QtWidgets.QLabel] = {}
         grid = QtWidgets.QGridLayout(self)
         grid.setContentsMargins(10, 6, 10, 8)
         grid.setVerticalSpacing(3)
@@ -90,15 +91,24 @@ class Summary(QtWidgets.QFrame):
             word.setObjectName("quiet")
             grid.addWidget(word, line, 0)
             grid.addWidget(label, line, 1)
+            self.words[name] = word
         grid.setColumnStretch(1, 1)
+        self._show_left_out(())
+
+    def _show_left_out(self, left_out: tuple[str, ...]) -> None:
+        """Only where there is something to say."""
+        for label in (self.words["Images"], self.values["Images"]):
+            label.setVisible(bool(left_out))
+        _say(self.values["Images"], left_out_sentence(left_out), theme.WARN)
 
     def show_snapshot(self, snapshot: Snapshot) -> None:
         rows = snapshot.scan_shape[0] if snapshot.scan_shape else 0
         self.progress.setRange(0, max(rows, 1))
         self.progress.setTextVisible(rows > 0)
         self.progress.setValue(min(snapshot.rows_acquired, rows))
-        for name, text in zip(self.ROWS, (_scan, _pass, _beam, _detector), strict=True):
+        for name, text in zip(self.ROWS, (_scan, _pass, _beam, _detector), strict=False):
             _say(self.values[name], text(snapshot))
+        self._show_left_out(snapshot.left_out)
 
 
 def _scan(s: Snapshot) -> str:

@@ -24,6 +24,7 @@ from stream.parameters import Parameters
 from stream.recording import is_recording
 from stream.replay import replay_recording
 from stream.result import Result, require_writable
+from stream.snapshot import left_out_sentence
 
 DatasetName = Annotated[
     str | None, typer.Option(help="Path of the 4-D dataset inside an HDF5 file, or a DECTRIS channel.")
@@ -68,12 +69,16 @@ def _refuse_same_file(file: Path, output: Path) -> None:
 
 def report_result(result: Result, output: Path | None) -> None:
     """Say in a few lines what came out."""
-    phase = result.phase[result.positions_received]
+    rows, columns = result.setup.scan.shape
     counters = result.counters
-    spread = f"{phase.min():.3f} to {phase.max():.3f} rad" if phase.size else "nothing received"
-    console.print(
-        f"{result.setup.method.name}: {result.object.shape[0]}x{result.object.shape[1]} positions, phase {spread}"
-    )
+    if "phase" in result.images:
+        phase = result.phase[result.positions_received]
+        spread = f"{phase.min():.3f} to {phase.max():.3f} rad" if phase.size else "nothing received"
+        console.print(f"{result.setup.method.name}: {rows}x{columns} positions, phase {spread}")
+    else:
+        console.print(f"{rows}x{columns} positions, images: {', '.join(result.images)}")
+    if result.channels_left_out:
+        console.print(left_out_sentence(result.channels_left_out), highlight=False)
     lost = {name: count for name, count in counters.as_dict().items() if name != "received" and count}
     console.print(f"frames received {counters.received}" + "".join(f", {name} {count}" for name, count in lost.items()))
     if output is not None:

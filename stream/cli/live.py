@@ -31,7 +31,7 @@ from stream.control.choose import detector_control
 from stream.record import record_stream
 from stream.session import Session
 from stream.session_options import SessionOptions
-from stream.snapshot import Snapshot
+from stream.snapshot import Snapshot, left_out_sentence
 
 #: A start that takes longer is explained [s].
 _LONG_START_S = 2.0
@@ -235,6 +235,8 @@ async def _show(session: Session) -> None:
                     f"{run.engine.device.name}: {run.engine.plan.total / 1e6:,.0f} MB at most ({run.engine.plan})",
                     highlight=False,
                 )
+                if left_out := run.engine.setup.left_out:
+                    console.print(left_out_sentence(left_out), highlight=False)
                 for note in run.notes:
                     console.print(f"note: {note}", highlight=False, markup=False)
             if console.is_terminal:

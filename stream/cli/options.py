@@ -15,6 +15,7 @@ from detectors.errors import ConfigurationError
 from detectors.protocols.registry import PROTOCOLS
 from stream.config import Layer
 from stream.optics import ORIENTATIONS
+from stream.snapshot import IMAGE_CHANNELS
 
 _PANEL = "Optics and calibration (flags win over --config, that wins over the stream or file)"
 
@@ -52,7 +53,16 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "frames_per_trigger": (int, "Frames that the detector takes for each trigger of a line trigger, flyback included."),
     "row_starts": (str, "index: rows are counted from frame numbers (default). time-gaps: a pause in the exposures."),
     "orientation": (str, f"How the detector's frames lie: {', '.join(ORIENTATIONS)}."),
-    "channel": (str, "The threshold to reconstruct, by its name in the stream, or A-B for a difference of two."),
+    "channel": (
+        str,
+        "Of a detector with several energy thresholds: the threshold to reconstruct, by its name in the stream, or A-B "
+        "for a difference of two. Which images are made: see --channels.",
+    ),
+    "channels": (
+        str,
+        f"Which images are made, for example phase,bf: some of {', '.join(IMAGE_CHANNELS)}; default all. What is left "
+        "out costs nothing. Which threshold of the detector is taken: see --channel.",
+    ),
     "averaging": (bool, "Average the passes instead of letting the newest replace the others."),
 }
 
