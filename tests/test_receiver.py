@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
+import numpy as np
 import pytest
 import zmq
 import zmq.asyncio
@@ -19,11 +20,22 @@ from detectors.protocols.native import Encoder as NativeEncoder
 from detectors.protocols.registry import protocol_named
 from stream import intake
 from stream.intake import Orphans, Silence, messages
-from stream.receiving import common, zmq_receiver
+from stream.receiving import common, drain, zmq_receiver
+from stream.receiving.common import Slab
 from stream.receiving.zmq_receiver import ZmqReceiver as Receiver
 from tests.live_helpers import ANY_PORT, PlainSender, batch, patiently
 
 Message = tuple[bytes, ...]
+
+either_drain = pytest.mark.parametrize("how", ["compiled", "plain"], indirect=True)
+
+
+@pytest.fixture
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the socket is emptied."""
+    if request.param == "compiled" and not drain.COMPILED:
+        pytest.skip("libzmq's functions cannot be reached in this build of pyzmq")
+    monkeypatch.setattr(zmq_receiver, "drain", getattr(drain, f"drain_{request.param}"))
 
 
 async def received(receiver: Receiver, count: int) -> list[Message]:
@@ -48,6 +60,8 @@ async def sending(send: Callable[[], object]) -> AsyncIterator[asyncio.Task[None
         await asyncio.gather(task, return_exceptions=True)
 
 
+@pytest.mark.usefixtures("how")
+@either_drain
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize(("size", "count"), [(0, 500), (13, 20_000), (1_000_000, 60)])
 async def test_nothing_is_lost_or_reordered(parts: int, size: int, count: int) -> None:
@@ -84,6 +98,8 @@ async def test_parts_lie_on_8_byte_boundaries() -> None:
         lease.release()
 
 
+@pytest.mark.usefixtures("how")
+@either_drain
 async def test_a_consumer_that_does_not_take_slows_the_sender_down(monkeypatch: pytest.MonkeyPatch) -> None:
     # 100 MB are to come; slabs of 1 MB and short queues hold only a few of them.
     monkeypatch.setattr(common, "FULL_BYTES", 1 << 20)
@@ -155,6 +171,43 @@ async def test_other_tasks_get_their_turn_while_the_socket_is_never_empty() -> N
     assert sorted(gaps)[-3] < 0.05
 
 
+async def test_after_a_pause_messages_wake_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing but the descriptor can tell of them.
+    monkeypatch.setattr(zmq_receiver, "_SAFETY_NET_S", 3600.0)
+    looks = 0
+
+    def counting(*args: object) -> drain.Drained:
+        nonlocal looks
+        looks += 1
+        return drain.drain(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(zmq_receiver, "drain", counting)
+    async with PlainSender() as sender, Receiver([sender.endpoint]) as receiver:
+        for i in range(20):
+            await sender.raw(b"x" * i, b"y")
+            assert await received(receiver, 1) == [(b"x" * i, b"y")]
+            await asyncio.sleep(0.002 * (i % 10))
+        await asyncio.sleep(0.1)
+        before = looks
+        await asyncio.sleep(0.3)
+        assert looks <= before + 1, "while nothing comes, nobody looks"
+        await sender.raw(b"z")
+        assert await received(receiver, 1) == [(b"z",)]
+
+
+def test_a_slab_takes_any_number_of_small_messages() -> None:
+    slab = Slab()
+    room, count = len(slab.last), len(slab.last) // 3 * 2
+    starts = np.arange(3 * count, dtype=np.int64) * 5
+    bounds = np.stack([starts, starts + starts % 4], axis=1)
+    for first in range(0, 3 * count, count):
+        slab.add(bounds[first : first + count])
+    assert slab.count == 3 * count > room
+    np.testing.assert_array_equal(slab.offsets[: slab.count], starts)
+    np.testing.assert_array_equal(slab.lengths[: slab.count], starts % 4)
+    assert slab.last[: slab.count].all()
+
+
 async def test_several_sockets_share_one_consumer() -> None:
     async with PlainSender() as one, PlainSender() as other, Receiver([one.endpoint, other.endpoint]) as receiver:
         assert receiver.endpoints == [one.endpoint, other.endpoint]
@@ -208,6 +261,8 @@ async def test_a_silence_is_noticed() -> None:
         assert await patiently(receiver.get(0.01)) is None
 
 
+@pytest.mark.usefixtures("how")
+@either_drain
 @pytest.mark.parametrize("parts", [[1001], [1, 1001], [1001, 1, 1], [1000] * 5, [900] * 40])
 async def test_messages_that_are_too_large_are_counted(monkeypatch: pytest.MonkeyPatch, parts: list[int]) -> None:
     monkeypatch.setattr(common, "MAX_MESSAGE_BYTES", 1000)

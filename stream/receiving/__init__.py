@@ -2,6 +2,7 @@
 
 common.py         slabs, leases, and how a consumer gets them; the same for every transport
 zmq_receiver.py   ZeroMQ, which keeps messages apart
+drain.py          what is in a ZeroMQ socket into a slab, in one compiled call
 tcp_receiver.py   plain TCP, whose messages a protocol's ``framing`` finds
 """
 

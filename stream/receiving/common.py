@@ -3,7 +3,7 @@
 Each socket is drained without waiting, straight into a preallocated slab; the slab changes hands when the consumer is
 ready for it, so that batches grow by themselves when the consumer is busy. There are only a few slabs: when all are in
 use nothing is read, the transport's own queues fill up, and the sender is slowed down. Nothing is dropped here, except
-a message beyond ``MAX_MESSAGE_BYTES``, which is counted.
+a message beyond ``MAX_MESSAGE_BYTES`` or ``MAX_MESSAGE_PARTS``, which is counted.
 """
 
 from __future__ import annotations
@@ -24,31 +24,46 @@ logger = logging.getLogger(__name__)
 #: Largest message part. Memory for it is only reserved, not touched, until such a part comes.
 MAX_MESSAGE_BYTES = 128 << 20
 
+#: Most parts of a message, where the transport knows of parts.
+MAX_MESSAGE_PARTS = 1 << 16
+
 #: A slab is full beyond so many parts or bytes; what was measured to be enough for full speed at 2 kB a message.
 FULL_PARTS = 4096
 FULL_BYTES = 16 << 20
 
 
 class Slab:
-    """Received bytes, end to end in one piece of memory, and the parts of whole messages in them."""
+    """Received bytes, end to end in one piece of memory, and the parts of whole messages in them.
+
+    Of ``offsets`` and ``lengths``, int64, and ``last``, bool, the first ``count`` are in use, see ``ReceivedBatch``.
+    """
 
     def __init__(self) -> None:
-        # Room for a message of the largest size behind one that just does not fill the slab.
+        # Room for a message of the largest size behind one that just does not fill the slab. It is only reserved here.
         self.memory = np.empty(FULL_BYTES + 2 * MAX_MESSAGE_BYTES, np.uint8)
         self.view = self.memory.data
+        room = FULL_PARTS + MAX_MESSAGE_PARTS
+        self.offsets, self.lengths, self.last = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, bool)
         self.clear()
 
     def clear(self) -> None:
-        self.end = 0
-        self.offsets: list[int] = []
-        self.lengths: list[int] = []
-        self.last: list[bool] = []
-        self.time_ns = 0
+        self.end = self.count = self.time_ns = 0
+
+    def add(self, bounds: np.ndarray) -> None:
+        """Note messages of one part, int64 (messages, 2): where each begins and ends."""
+        first, self.count = self.count, self.count + len(bounds)
+        if self.count > len(self.last):
+            room = 2 * self.count
+            self.offsets, self.lengths = np.resize(self.offsets, room), np.resize(self.lengths, room)
+            self.last = np.resize(self.last, room)
+        self.offsets[first : self.count] = bounds[:, 0]
+        self.lengths[first : self.count] = bounds[:, 1] - bounds[:, 0]
+        self.last[first : self.count] = True
 
     @property
     def full(self) -> bool:
         """Whether it holds enough; never while there is no whole message to hand over."""
-        return bool(self.offsets) and (self.end >= FULL_BYTES or len(self.offsets) >= FULL_PARTS)
+        return self.count > 0 and (self.end >= FULL_BYTES or self.count >= FULL_PARTS)
 
 
 class Lease:
@@ -58,9 +73,9 @@ class Lease:
         self._receiver, self._slab = receiver, slab
         self.batch = ReceivedBatch(
             slab.memory,
-            np.array(slab.offsets, np.int64),
-            np.array(slab.lengths, np.int64),
-            np.array(slab.last, bool),
+            slab.offsets[: slab.count],
+            slab.lengths[: slab.count],
+            slab.last[: slab.count],
             slab.time_ns,
             socket_index,
         )
@@ -80,7 +95,7 @@ class Channel:
     def hand_over(self, free: list[Slab]) -> Slab | None:
         """The slab with the whole messages in it, if there are any; takes one of the ``free`` ones where it must."""
         slab = self.slab
-        if slab is None or not slab.offsets:
+        if slab is None or not slab.count:
             return None
         self.slab = None
         return slab
@@ -101,7 +116,7 @@ class Receiver(abc.ABC):
         """the addresses in use, with real port numbers"""
         self.bytes_received = 0
         self.too_large = 0
-        """messages beyond MAX_MESSAGE_BYTES, which were lost"""
+        """messages beyond MAX_MESSAGE_BYTES or MAX_MESSAGE_PARTS, which were lost"""
         self.stray_bytes = 0
         """bytes that belonged to no message; where the transport keeps messages apart there are none"""
         self.first_stray = b""
@@ -192,5 +207,9 @@ class Receiver(abc.ABC):
         if count:
             self.too_large += count
             logger.warning(
-                "%d message(s) over %d MiB from %s were lost", count, MAX_MESSAGE_BYTES >> 20, channel.address
+                "%d message(s) over %d MiB or %d parts from %s were lost",
+                count,
+                MAX_MESSAGE_BYTES >> 20,
+                MAX_MESSAGE_PARTS,
+                channel.address,
             )

@@ -12,6 +12,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import numpy as np
+
 from detectors.addresses import host_and_port, shown_address, why
 from detectors.errors import ConnectionFailed
 from detectors.messages import Framing
@@ -44,7 +46,7 @@ class _TcpChannel(Channel):
 
     def hand_over(self, free: list[Slab]) -> Slab | None:
         slab = self.slab
-        if slab is None or not slab.offsets:
+        if slab is None or not slab.count:
             return None
         tail = slab.memory[self.framed : slab.end]
         if len(tail) and not free:  # nowhere to go on with it
@@ -123,9 +125,7 @@ class TcpReceiver(Receiver):
         found = self._framing(slab.view[began : slab.end])
         if found.bounds:
             channel.heard = True
-            slab.offsets += [began + start for start, _ in found.bounds]
-            slab.lengths += [stop - start for start, stop in found.bounds]
-            slab.last += [True] * len(found.bounds)
+            slab.add(began + np.array(found.bounds, np.int64))
             slab.time_ns = time.time_ns()
             self._something.set()
         channel.framed += found.used
@@ -133,7 +133,7 @@ class TcpReceiver(Receiver):
         if slab.end - channel.framed > common.MAX_MESSAGE_BYTES:
             slab.end = channel.framed
             self._lost(1, channel)
-        if not slab.offsets and channel.framed:  # only stray bytes so far
+        if not slab.count and channel.framed:  # only stray bytes so far
             rest = slab.end - channel.framed
             slab.memory[:rest] = slab.memory[channel.framed : slab.end]
             slab.end, channel.framed = rest, 0

@@ -1,4 +1,4 @@
-"""Receiving from ZeroMQ sockets, part by part."""
+"""Receiving from ZeroMQ sockets: when to look at them; what is there is taken by ``drain``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from zmq.utils.monitor import recv_monitor_message
 
 from detectors.addresses import why
 from detectors.errors import ConfigurationError, ConnectionFailed
-from stream.receiving import common
-from stream.receiving.common import Channel, Receiver, Slab
+from stream.receiving.common import Channel, Receiver
+from stream.receiving.drain import drain, prepare
 
-#: Parts received in one go before other tasks get their turn: about a millisecond's worth.
-_DRAIN_PARTS = 512
+#: Parts and bytes received in one go before other tasks get their turn: some tenths of a millisecond's worth.
+_DRAIN_PARTS = 1024
+_DRAIN_BYTES = 2 << 20
+
+#: While messages flow, the socket is looked at so often [s] (which asyncio's timer rounds up to a millisecond):
+#: a wake-up for each message would cost more than the message.
+_POLL_S = 0.5e-3
+
+#: After so many looks at an empty socket the descriptor is waited for, which costs nothing.
+_EMPTY_POLLS = 4
 
 #: ZeroMQ's wake-ups are edge triggered; should one ever be missed, this is how long it takes to notice [s].
 _SAFETY_NET_S = 0.05
@@ -45,33 +53,6 @@ class _ZmqChannel(Channel):
                 self._peers = max(0, self._peers + (1 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else -1))
         return self._peers > 0
 
-    def drain(self, slab: Slab) -> tuple[int, int]:
-        """Receive up to ``_DRAIN_PARTS`` parts without waiting; returns (parts received, messages too large)."""
-        receive, option, view = self.socket.recv_into, self.socket.get, slab.view
-        received = too_large = 0
-        while received < _DRAIN_PARTS and not slab.full:
-            first, start, fits, more = len(slab.offsets), slab.end, True, True
-            while more:
-                try:
-                    # The rest of a multipart message is there as soon as its first part is.
-                    room = min(common.MAX_MESSAGE_BYTES, len(view) - slab.end)
-                    size = receive(view[slab.end : slab.end + room], flags=zmq.DONTWAIT)
-                except zmq.Again:
-                    return received, too_large
-                received += 1
-                more = bool(option(zmq.RCVMORE))  # not as an attribute: its look-up costs more than the receiving
-                fits = fits and size <= room
-                slab.offsets.append(slab.end)
-                slab.lengths.append(size)
-                slab.last.append(not more)
-                if fits:
-                    slab.end += (size + 7) & ~7  # on an 8-byte boundary: pixels are read in place
-            if not fits:
-                slab.end = start
-                del slab.offsets[first:], slab.lengths[first:], slab.last[first:]
-                too_large += 1
-        return received, too_large
-
 
 class ZmqReceiver(Receiver):
     """A PULL or SUB socket for each address."""
@@ -91,6 +72,7 @@ class ZmqReceiver(Receiver):
         )
 
     async def __aenter__(self) -> Self:
+        await asyncio.to_thread(prepare)
         self._context = zmq.Context()
         return await super().__aenter__()
 
@@ -123,18 +105,25 @@ class ZmqReceiver(Receiver):
         assert isinstance(channel, _ZmqChannel)
         loop = asyncio.get_running_loop()
         descriptor = channel.socket.FD
+        polls = 0
         while True:
             slab = await self._slab(channel)
             before = slab.end
-            received, too_large = channel.drain(slab)
+            received, too_large, empty = drain(channel.socket, slab, _DRAIN_PARTS, _DRAIN_BYTES)
             self._lost(too_large, channel)
             if received:
                 slab.time_ns = time.time_ns()
                 self.bytes_received += slab.end - before
                 self._something.set()
+                polls = _EMPTY_POLLS
+            if not empty:
                 await asyncio.sleep(0)
                 continue
-            # Nothing left. The descriptor is edge triggered and reading the event flag re-arms it.
+            if polls:
+                polls -= not received
+                await asyncio.sleep(_POLL_S)
+                continue
+            # The descriptor is edge triggered and reading the event flag re-arms it.
             if int(channel.socket.EVENTS) & zmq.POLLIN:
                 await asyncio.sleep(0)
                 continue
