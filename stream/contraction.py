@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -25,9 +25,10 @@ import numba
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from stream.array import Device
-from stream.kernels import KernelTable, Passband, RunTable
+from stream.array import Device, choose_device
+from stream.kernels import METHODS, KernelTable, Passband, RunTable, make_runs
 from stream.lanes import LANES, TILE, dense_row, dense_tile, load, splat, store, take_part, turned_sum
+from stream.optics import Probe
 from stream.ring import RowRing
 from stream.row_fft import RowFft, aligned, with_slack
 
@@ -70,6 +71,23 @@ def contraction(
     if device.is_gpu or kernels.is_real:
         return Product(kernels, ring, sums, device, executor, threads)
     return Dense(kernels, ring, sums, executor, threads)
+
+
+def compile_ahead() -> None:
+    """Compile the CPU's forms, or load them from disk, before a stream needs them."""
+    device, method, probe, step = choose_device("cpu"), METHODS["ssb"], Probe(2e5, 0.02), (1.0, 1.0)
+    one, rows = np.zeros(1), np.arange(2)
+    passband = Passband.select((2, 2), step, probe.cutoff, method.antisymmetric)
+    runs = make_runs(method, probe, (one, one), one.astype(np.int64), passband, step, device)
+    dense = KernelTable(method, passband, np.zeros((passband.entries, 1), np.complex64))
+    ring = RowRing((2, 2), 1, np.dtype("u1"), device, False)
+    for row in range(2):
+        ring.commit(row, 0, np.ones((2, 1), np.uint8), np.ones(2, bool))
+    with ThreadPoolExecutor(1) as executor:
+        for kernels in (runs, dense):
+            form = contraction(kernels, ring, Sums.zeros(passband, 1, True, device), device, executor, 1)
+            form.add(rows, +1)
+            form.subtract(rows)
 
 
 class Product:

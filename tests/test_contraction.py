@@ -11,10 +11,21 @@ from hypothesis import strategies as st
 
 from detectors.errors import ConfigurationError
 from stream.array import choose_device
-from stream.contraction import Contraction, Dense, Product, Runs, Sums, contraction
-from stream.kernels import METHODS, KernelTable, RunTable, make_kernels, make_runs, run_table_bytes
+from stream.contraction import (
+    Contraction,
+    Dense,
+    Product,
+    Runs,
+    Sums,
+    _contract_dense,
+    _contract_runs,
+    _subtract,
+    compile_ahead,
+    contraction,
+)
+from stream.kernels import METHODS, KernelTable, RunTable, _find_ends, make_kernels, make_runs, run_table_bytes
 from stream.ring import RowRing
-from stream.row_fft import RowFft, aligned, with_slack
+from stream.row_fft import RowFft, _transform, aligned, with_slack
 from stream.setup import Setup
 from tests.data_helpers import Case
 
@@ -101,16 +112,21 @@ def assert_close(ours: np.ndarray, true: np.ndarray, limit: float = 1e-5) -> Non
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("aberrations", [{}, ABERRATIONS])
-@pytest.mark.parametrize("method", ["ssb", "ssb-single"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("form", ["Product", "Dense", "Runs"])
+@pytest.mark.parametrize(
+    ("form", "method", "aberrations"),
+    [
+        (form, method, aberrations)
+        for form in ("Product", "Dense", "Runs")
+        for method in ("ssb", "ssb-single")
+        for aberrations in ({}, ABERRATIONS)
+        if form != "Runs" or method == "ssb-single" or not aberrations
+    ],
+)
 def test_every_form(form: str, name: str, method: str, aberrations: dict, threads: int) -> None:
     case = CASES[name]
     case = Case(**{**case.__dict__, "aberrations": aberrations})
     setup = case.setup(method)
-    if form == "Runs" and not setup.has_runs(CPU):
-        pytest.skip("the kernel is complex")
     ring, counts = full_ring(case, setup)
     rows = true_rows(setup, counts)
     order = np.random.default_rng(0).permutation(case.scan[0])
@@ -165,6 +181,25 @@ def test_the_form_that_suits() -> None:
             kernels = setup.make_kernels(CPU)
             sums = Sums.zeros(kernels.passband, kernels.pixels, False, CPU)
             assert type(contraction(kernels, ring, sums, CPU, executor, 1)) is expected
+
+
+def test_nothing_is_compiled_that_was_not_compiled_ahead() -> None:
+    """One signature does for every dtype, with contracted rows or without, complete rows or not."""
+    compile_ahead()
+    compiled = (_contract_runs, _contract_dense, _subtract, _transform, _find_ends)
+    ahead = [set(function.signatures) for function in compiled]
+    for method, aberrations, dtype in (("ssb", {}, "<u2"), ("ssb-single", {}, "<u1"), ("ssb", ABERRATIONS, "<f4")):
+        case = Case(aberrations=aberrations, dtype=dtype)
+        setup = case.setup(method)
+        ring, _ = full_ring(case, setup)
+        ring.frames[3, 2] = 0
+        for keep in (False, True):
+            with ThreadPoolExecutor(2) as executor:
+                kernels = setup.make_kernels(CPU)
+                sums = Sums.zeros(kernels.passband, kernels.pixels, keep, CPU)
+                contraction(kernels, ring, sums, CPU, executor, 2).add(np.flatnonzero(ring.acquired), +1)
+    assert [set(function.signatures) for function in compiled] == ahead
+    assert [len(signatures) for signatures in ahead] == [1] * len(compiled)
 
 
 def test_rows_have_the_same_numbers_in_any_company() -> None:
