@@ -17,7 +17,7 @@ from benchmarks.data import bf_counts, median_seconds, setup, table
 from stream.accumulator import Accumulator
 from stream.array import choose_device
 from stream.engine import BATCH_ROWS, Setup
-from stream.kernels import KernelTable, Passband
+from stream.kernels import KernelTable, Passband, RunTable, make_kernels
 from stream.ring import RowRing
 
 #: scan side, BF pixels
@@ -32,7 +32,7 @@ _CORES = len(os.sched_getaffinity(0))
 class Ours:
     """The engine's own ring and accumulator, row by row in batches."""
 
-    def __init__(self, what: Setup, kernels: KernelTable, counts: np.ndarray) -> None:
+    def __init__(self, what: Setup, kernels: KernelTable | RunTable, counts: np.ndarray) -> None:
         self._device = choose_device("cpu")
         self._what, self._kernels, self._counts = what, kernels, counts
         self._executor = ThreadPoolExecutor(_CORES)
@@ -120,9 +120,12 @@ def run(quick: bool) -> str:
 
 def _case(side: int, pixels: int, aberrated: bool, repeats: int) -> tuple:
     what = setup((side, side), pixels, aberrated=aberrated)
-    kernels = what.make_kernels(choose_device("cpu"))
-    as_complex = KernelTable(kernels.method, kernels.passband, kernels.weights.astype(np.complex64, copy=False))
-    counts = bf_counts((_ROWS, side), kernels.weights.shape[1], what.dtype)
+    device = choose_device("cpu")
+    kernels = what.make_kernels(device)
+    k = what.geometry.bf_k(what.probe.wavelength)
+    dense = make_kernels(what.method, what.probe, k, what.passband, what.scan_step, device)
+    as_complex = KernelTable(dense.method, dense.passband, dense.weights.astype(np.complex64, copy=False))
+    counts = bf_counts((_ROWS, side), kernels.pixels, what.dtype)
     frames, intensity = side * side, float(counts.sum(axis=2).mean())
     ours = Ours(what, kernels, counts)
     ours.one_pass()
@@ -132,14 +135,14 @@ def _case(side: int, pixels: int, aberrated: bool, repeats: int) -> tuple:
             times["ours"].append(median_seconds(ours.one_pass, 1))
             times["sketch"].append(median_seconds(lambda: sketch(as_complex, counts, executor), 1))
     began = perf_counter()
-    psi = batch(kernels, counts)
+    psi = batch(dense, counts)
     batch_rate = frames / (perf_counter() - began)
     error = relative_error(ours.object(intensity), object_of(psi, kernels.passband, intensity))
     if error > 1e-4:
         raise RuntimeError(f"{side}x{side}, {pixels} px: the results differ by {error:.1e}")
     mine, theirs = (frames / float(np.median(times[name])) for name in ("ours", "sketch"))
     return (
-        f"{side}x{side}", kernels.weights.shape[1], "aberrated" if aberrated else "in focus", kernels.passband.entries,
+        f"{side}x{side}", kernels.pixels, "aberrated" if aberrated else "in focus", kernels.passband.entries,
         mine, theirs, batch_rate, mine / theirs, mine / batch_rate, error,
     )  # fmt: skip
 

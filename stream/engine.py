@@ -21,7 +21,7 @@ from stream.accumulator import Accumulator
 from stream.array import Device
 from stream.assembler import ClosedRow, RowAssembler, groups
 from stream.decode import FrameDecoder
-from stream.kernels import KernelTable, Method
+from stream.kernels import KernelTable, Method, RunTable
 from stream.optics import Probe
 from stream.ring import RowRing
 from stream.row_timing import RowTiming
@@ -60,7 +60,7 @@ class Engine:
     def __init__(
         self, setup: Setup, device: Device, *, threads: int | None = None, in_background: bool = False
     ) -> None:
-        plan = MemoryPlan.of(setup)
+        plan = MemoryPlan.of(setup, device)
         plan.check(device)
         self.setup, self.device, self.plan = setup, device, plan
         self._threads = threads or len(os.sched_getaffinity(0))
@@ -130,7 +130,7 @@ class Engine:
         """End the engine's threads. Images can still be taken."""
         self._executor.shutdown(wait=True)
 
-    def _make_accumulator(self, kernels: KernelTable) -> Accumulator:
+    def _make_accumulator(self, kernels: KernelTable | RunTable) -> Accumulator:
         return Accumulator(
             kernels,
             self._ring,
@@ -333,7 +333,7 @@ class Engine:
             raise ValueError("energy and semi-angle cannot be changed while scanning")
         self.wait_until_ready()
         setup = replace(self.setup, probe=probe, method=method)
-        plan = MemoryPlan.of(setup)
+        plan = MemoryPlan.of(setup, self.device)
         plan.check(self.device, held=self.plan)
         if "phase" not in setup.channels:
             with self._compute_lock:

@@ -9,11 +9,12 @@ other half follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numba
 import numpy as np
 
 from detectors.errors import ConfigurationError
@@ -86,19 +87,23 @@ def ssb_single(probe: Probe, k: tuple[Any, Any], q: tuple[Any, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Method:
-    """A linear method. ``antisymmetric`` means T(k;-q) = -conj(T(k;q)): the half plane then holds everything."""
+    """A linear method. ``antisymmetric`` means T(k;-q) = -conj(T(k;q)): the half plane then holds everything.
+
+    ``step``: where the kernel is real, every weight is 0, ``step`` or ``-step``; None where it is not so.
+    """
 
     name: str
     weights: Callable[[Probe, tuple[Any, Any], tuple[Any, Any]], Any]
     antisymmetric: bool
     uses_aberrations: bool
+    step: float | None = None
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("ssb", ssb, antisymmetric=True, uses_aberrations=True),
-        Method("ssb-single", ssb_single, antisymmetric=False, uses_aberrations=False),
+        Method("ssb", ssb, antisymmetric=True, uses_aberrations=True, step=1.0),
+        Method("ssb-single", ssb_single, antisymmetric=False, uses_aberrations=False, step=2.0),
     )
 }
 
@@ -266,6 +271,71 @@ class KernelTable:
     def is_real(self) -> bool:
         return self.weights.dtype == np.float32
 
+    @property
+    def pixels(self) -> int:
+        return int(self.weights.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.weights.nbytes)
+
+    def sums_at_zero(self, pattern: Any) -> Any:
+        """sum_k T(k;q) pattern(k) for the entries of qx bin 0; ``pattern`` (K,) on the device."""
+        return self.weights[: int(self.passband.columns[1])] @ pattern
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """T(k;q) of a method whose weights are 0, ``step`` or ``-step``, as the ends of runs of equal weights. On the host.
+
+    With D(k) = T(k) - T(k+1) within a detector row, T(k+1) being 0 behind its last pixel, sum_k T(k) F(k) =
+    sum_k D(k) P(k), where P are the prefix sums of F along detector rows. Of entry e, ``lookups`` holds the k with
+    D = step at ``bounds[2 e] : bounds[2 e + 1]`` and those with D = -step up to ``bounds[2 e + 2]`` (k with twice that
+    come twice). ``ends`` uint8 (K,): the last pixels of detector rows.
+    """
+
+    method: Method
+    passband: Passband
+    step: float
+    bounds: np.ndarray
+    lookups: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def pixels(self) -> int:
+        return len(self.ends)
+
+    @property
+    def nbytes(self) -> int:
+        return self.bounds.nbytes + self.lookups.nbytes + self.ends.nbytes
+
+    def sums_at_zero(self, pattern: np.ndarray) -> np.ndarray:
+        """sum_k T(k;q) pattern(k) for the entries of qx bin 0; ``pattern`` (K,)."""
+        prefix = np.cumsum(pattern, dtype=np.float64)
+        last = np.flatnonzero(self.ends)
+        before = np.repeat(np.concatenate([[0.0], prefix[last[:-1]]]), np.diff(last, prepend=-1))
+        prefix -= before
+        out = np.empty(int(self.passband.columns[1]))
+        for e in range(len(out)):
+            first, minus, stop = self.bounds[2 * e : 2 * e + 3]
+            out[e] = prefix[self.lookups[first:minus]].sum() - prefix[self.lookups[minus:stop]].sum()
+        return self.step * out
+
+
+#: Ends of runs in a detector row, at most: on either side of the line k.q = 0 the weights have one sign, and what is
+#: not 0 there lies outside the disk in which A(k-q) and A(k+q) are equal: two runs a side, with two ends each.
+_ENDS_PER_ROW = 8
+
+
+def run_table_bytes(passband: Passband, pixels: int, detector_rows: int) -> int:
+    """Memory of a run table, at most, in bytes; ``detector_rows`` that hold any of the K ``pixels``."""
+    ends = min(_ENDS_PER_ROW * detector_rows, 2 * pixels)
+    return passband.entries * (ends * _lookup_dtype(pixels).itemsize + 16) + 8 + pixels
+
+
+def _lookup_dtype(pixels: int) -> np.dtype:
+    return np.dtype(np.uint16 if pixels <= 1 << 16 else np.uint32)
+
 
 def table_bytes(passband: Passband, pixels: int, real: bool) -> int:
     """Memory of a kernel table in bytes."""
@@ -289,18 +359,81 @@ def make_kernels(
 
     ``k``: detector-frame components of the K bright-field pixels [1/Å], float64 (K,). ``scan_step`` [Å].
     """
+    real = is_real_kernel(method, probe)
+    weights = device.xp.empty((passband.entries, len(k[0])), dtype=np.float32 if real else np.complex64)
+    for part, block in _blocks(method, probe, k, passband, scan_step, device):
+        weights[part] = block
+    return KernelTable(method, passband, weights)
+
+
+def make_runs(
+    method: Method,
+    probe: Probe,
+    k: tuple[np.ndarray, np.ndarray],
+    detector_row: np.ndarray,
+    passband: Passband,
+    scan_step: tuple[float, float],
+    device: Device,
+) -> RunTable:
+    """Evaluate a kernel that is 0, ``method.step`` or ``-method.step``, and keep the ends of runs only.
+
+    As :func:`make_kernels`, on the CPU; ``detector_row`` int64 (K,) ascending: the detector row of each pixel.
+    """
+    if method.step is None or not is_real_kernel(method, probe):
+        raise ValueError(f"the kernel of {method.name} has more values than 0 and plus or minus one number here")
+    pixels = len(k[0])
+    ends = np.append(detector_row[1:] != detector_row[:-1], True).astype(np.uint8)
+    bounds = np.zeros(2 * passband.entries + 1, np.int64)
+    # What is not written to takes no memory, and what is left over is given back.
+    bound = min(_ENDS_PER_ROW * int(ends.sum()), 2 * pixels)
+    lookups = np.empty(passband.entries * bound, _lookup_dtype(pixels))
+    for part, block in _blocks(method, probe, k, passband, scan_step, device):
+        if (needed := int(bounds[2 * part.start]) + 2 * block.size) > len(lookups):
+            # The most that a block could have; the bound holds for what is there in the end.
+            lookups.resize(needed, refcheck=False)
+        _find_ends(block, method.step, ends, part.start, bounds, lookups)
+    lookups.resize(int(bounds[-1]), refcheck=False)
+    return RunTable(method, passband, method.step, bounds, lookups, ends)
+
+
+def _blocks(
+    method: Method,
+    probe: Probe,
+    k: tuple[np.ndarray, np.ndarray],
+    passband: Passband,
+    scan_step: tuple[float, float],
+    device: Device,
+) -> Iterator[tuple[slice, Any]]:
+    """The kernel at some entries after the others: (entries, their weights (entries, K) on the device)."""
     xp = device.xp
     real = is_real_kernel(method, probe)
-    weights = xp.empty((passband.entries, len(k[0])), dtype=np.float32 if real else np.complex64)
     k_device = (xp.asarray(k[0])[None, :], xp.asarray(k[1])[None, :])
     q_row, q_column = (xp.asarray(q)[:, None] for q in probe.axes.to_detector(*passband.frequencies(scan_step)))
     mirrored = xp.asarray(passband.mirrored)[:, None]
-
     has_mirrored = bool(passband.mirrored.any())
-
     step = max(1, _BLOCK_ELEMENTS[device.is_gpu] // max(1, len(k[0])))
     for start in range(0, passband.entries, step):
         part = slice(start, start + step)
         block = method.weights(probe, k_device, (q_row[part], q_column[part]))
-        weights[part] = block if real or not has_mirrored else xp.where(mirrored[part], block.conj(), block)
-    return KernelTable(method, passband, weights)
+        yield part, block if real or not has_mirrored else xp.where(mirrored[part], block.conj(), block)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _find_ends(block: Any, step: float, ends: Any, first: int, bounds: Any, lookups: Any) -> None:
+    """Write the ends of runs of a block, whose first entry is ``first``."""
+    half = np.float32(0.5 * step)
+    pixels = block.shape[1]
+    for i in range(block.shape[0]):
+        at = bounds[2 * (first + i)]
+        for sign in (1, -1):
+            here = int(block[i, 0] > half) - int(block[i, 0] < -half)
+            for k in range(pixels):
+                following = 0
+                if k + 1 < pixels:
+                    following = int(block[i, k + 1] > half) - int(block[i, k + 1] < -half)
+                change = sign * (here - (0 if ends[k] else following))
+                here = following
+                for _ in range(change):
+                    lookups[at] = k
+                    at += 1
+            bounds[2 * (first + i) + (1 if sign == 1 else 2)] = at

@@ -6,11 +6,15 @@ Everything that is ever shown can be made again from here: new optics need no ne
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from stream.array import Device
+
+#: Elements behind the last pixel.
+_SLACK = 16
 
 
 def ring_dtype(dtype: np.dtype, averaging: bool) -> np.dtype:
@@ -37,7 +41,10 @@ class RowRing:
         self.frames = np.zeros(scan_shape, np.int32)
         """int32 ``scan_shape``: frames held at each position; 0 or 1 unless passes are averaged"""
         self._device = device
-        self._counts = device.xp.empty((*scan_shape, pixels), ring_dtype(dtype, averaging))
+        # Vectors may be read beyond the last pixel.
+        size = math.prod(scan_shape) * pixels
+        memory = device.xp.empty(size + _SLACK, ring_dtype(dtype, averaging))
+        self._counts = memory[:size].reshape(*scan_shape, pixels)
 
     @property
     def acquired(self) -> np.ndarray:
@@ -65,13 +72,27 @@ class RowRing:
         self.frames[row] = received if fresh else self.frames[row] + received
         self.pass_of_row[row] = max(pass_, self.pass_of_row[row])
 
+    def lying(self, rows: np.ndarray) -> tuple[Any, np.ndarray, Any]:
+        """The counts as they lie, (scan rows, columns, K) with 16 elements of slack behind them, and what to do with
+        them: float32 (len(rows),) by which to multiply each of ``rows`` to get mean counts a frame.
+
+        NaN for a row in which positions have different numbers of frames. These rows, in their order, are the third
+        item: float32 (any, columns, K) with slack, as from :meth:`filled`; None where there are none.
+        """
+        frames = self.frames[rows]
+        least = frames.min(axis=1)
+        uneven = (least == 0) | (frames.max(axis=1) != least)
+        scale = np.where(uneven, np.nan, 1 / np.maximum(least, 1)).astype(np.float32)
+        return self._counts, scale, self.filled(rows[uneven]) if uneven.any() else None
+
     def filled(self, rows: np.ndarray) -> Any:
         """The rows as mean counts a frame, float32 (len(rows), columns, K) on the device.
 
         A position without a frame holds its row's mean pattern. ``rows`` must be acquired.
         """
         xp = self._device.xp
-        out = xp.empty((len(rows), *self._counts.shape[1:]), np.float32)
+        shape = (len(rows), *self._counts.shape[1:])
+        out = xp.empty(math.prod(shape) + _SLACK, np.float32)[:-_SLACK].reshape(shape)
         for i, row in enumerate(rows):
             out[i] = self._counts[row]
             frames = self.frames[row]

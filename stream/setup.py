@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from detectors.errors import DoesNotFit
 from stream.accumulator import contracted_bytes
-from stream.array import Device, host_free_bytes
+from stream.array import Device, choose_device, host_free_bytes
 from stream.geometry import DetectorGeometry
-from stream.kernels import KernelTable, Method, Passband, is_real_kernel, make_kernels, table_bytes
+from stream.kernels import (
+    KernelTable,
+    Method,
+    Passband,
+    RunTable,
+    is_real_kernel,
+    make_kernels,
+    make_runs,
+    run_table_bytes,
+    table_bytes,
+)
 from stream.optics import Probe
 from stream.ring import ring_bytes
 from stream.scan import ScanPattern
 from stream.snapshot import IMAGE_CHANNELS, IMAGE_UNITS, channels_without
 
-#: Rows contracted in one go when they are there: the matrix products gain little beyond.
+#: Rows contracted in one go when they are there: the lanes of the compiled contraction.
 BATCH_ROWS = 16
 
 #: Open rows take at most about this much host memory (and never fewer rows than two batches).
@@ -72,9 +83,20 @@ class Setup:
     def passband(self) -> Passband:
         return Passband.select(self.scan.shape, self.scan_step, self.probe.cutoff, self.method.antisymmetric)
 
-    def make_kernels(self, device: Device) -> KernelTable:
+    def has_runs(self, device: Device) -> bool:
+        """Whether the kernels are kept as runs of equal weights there."""
+        return not device.is_gpu and self.method.step is not None and is_real_kernel(self.method, self.probe)
+
+    @property
+    def detector_rows(self) -> np.ndarray:
+        """The detector row of each bright-field pixel, int64 (K,)."""
+        return self.geometry.bf_pixels // self.geometry.shape[1]
+
+    def make_kernels(self, device: Device) -> KernelTable | RunTable:
         """The kernel table of this set-up, on ``device``."""
         k = self.geometry.bf_k(self.probe.wavelength)
+        if self.has_runs(device):
+            return make_runs(self.method, self.probe, k, self.detector_rows, self.passband, self.scan_step, device)
         return make_kernels(self.method, self.probe, k, self.passband, self.scan_step, device)
 
 
@@ -89,7 +111,9 @@ class MemoryPlan:
     open_rows: int
 
     @classmethod
-    def of(cls, setup: Setup) -> MemoryPlan:
+    def of(cls, setup: Setup, device: Device | None = None) -> MemoryPlan:
+        """The plan for ``device``, by default the CPU."""
+        device = device or choose_device("cpu")
         pixels = len(setup.geometry.bf_pixels)
         shape, dtype = setup.scan.shape, setup.dtype
         images = math.prod(shape) * _POSITION_BYTES + math.prod(setup.geometry.shape) * DETECTOR_PIXEL_BYTES
@@ -99,9 +123,11 @@ class MemoryPlan:
         passband = setup.passband
         return cls(
             ring=ring_bytes(shape, pixels, dtype, setup.averaging),
-            kernels=table_bytes(passband, pixels, is_real_kernel(setup.method, setup.probe)),
+            kernels=run_table_bytes(passband, pixels, len(np.unique(setup.detector_rows)))
+            if setup.has_runs(device)
+            else table_bytes(passband, pixels, is_real_kernel(setup.method, setup.probe)),
             contracted=contracted_bytes(passband) if setup.passes != 1 else 0,
-            work=BATCH_ROWS * (shape[1] * pixels * 4 + passband.column_count * pixels * 16) + images,
+            work=batch_bytes(shape, pixels, passband.column_count, device) + images,
             open_rows=opened,
         )
 
@@ -143,6 +169,17 @@ class MemoryPlan:
             "open rows": self.open_rows,
         }
         return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items() if size)
+
+
+def batch_bytes(scan_shape: tuple[int, int], pixels: int, columns: int, device: Device) -> int:
+    """What contracting a batch of rows takes, with K ``pixels`` and the ``columns`` of the passband, in bytes."""
+    ny, nx = scan_shape
+    counts = BATCH_ROWS * nx * pixels * 4
+    if device.is_gpu:
+        return counts + BATCH_ROWS * columns * pixels * 16
+    # Counts are copied only where frames are missing; besides the spectra, turns and each thread's part of the FFT.
+    threads = len(os.sched_getaffinity(0))
+    return counts + 128 * columns * pixels + 256 * ny + threads * (1280 * nx + 2048)
 
 
 def open_rows(setup: Setup) -> int:

@@ -852,12 +852,13 @@ def test_bit_for_bit(method: str, passes: int) -> None:
 def held_bytes(engine: Engine) -> dict[str, int]:
     """What the engine's lasting arrays take, by the parts of its plan."""
     ring, accumulator, assembler = engine._ring, engine._accumulator, engine._assembler
-    contracted = accumulator._contracted
+    sums, contraction = accumulator._sums, accumulator._contraction
+    batch = [contraction._spectra, contraction._turns, *contraction._work]
     return {
         "ring": ring._counts.nbytes,
-        "kernels": accumulator.kernels.weights.nbytes,
-        "contracted": 0 if contracted is None else contracted.nbytes,
-        "work": accumulator._psi.nbytes + accumulator._row_sums.nbytes + engine._sums.nbytes + ring.frames.nbytes,
+        "kernels": accumulator.kernels.nbytes,
+        "contracted": 0 if sums.contracted is None else sums.contracted.nbytes,
+        "work": sum(a.nbytes for a in (sums.psi, sums.row_sums, engine._sums, ring.frames, *batch)),
         "open_rows": assembler.pixels.nbytes + assembler.sums.nbytes + assembler.received.nbytes,
     }
 
@@ -880,7 +881,8 @@ def test_the_memory_plan_is_a_bound(case: Case, changes: dict, method: str) -> N
         for part, size in held_bytes(engine).items():
             assert size <= getattr(plan, part), part
         exact = held_bytes(engine)
-        assert (plan.ring, plan.kernels, plan.contracted) == (exact["ring"], exact["kernels"], exact["contracted"])
+        assert (plan.ring, plan.contracted) == (exact["ring"], exact["contracted"])
+        assert plan.kernels == exact["kernels"] or method == "ssb-single" or not case.aberrations
         assert plan.total == plan.device_bytes + plan.open_rows
         assert "ring" in str(plan)
 
