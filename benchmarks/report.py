@@ -26,7 +26,7 @@ def plot(figures: dict[str, Rows], path: Path, title: str) -> bool:
         (draw, figures[name], height)
         for name, draw, height in (
             ("limit", _draw_limit, 6.0),
-            ("peers", _draw_peers, 4.0),
+            ("peers", _draw_peers, 5.0),
             ("rates", _draw_rates, 3.0),
             ("latency", _draw_latency, 3.0),
             ("scaling", _draw_scaling, 4.5),
@@ -171,21 +171,35 @@ def _draw_endurance(ax: Any, rows: Rows) -> None:
 
 
 def _draw_peers(ax: Any, rows: Rows) -> None:
-    """Rows of ``name``, ``value`` [frames/s] and, where it is ours, ``ours`` True; grouped by ``case``."""
-    at, labels, y = [], [], 0.0
-    last = None
-    for row in rows:
-        y += 1.0 if row["case"] == last else 1.6
-        last = row["case"]
-        at.append(y)
-        labels.append(f"{row['name']}, {row['case']}")
-    colours = [_OURS if row.get("ours") else _PALE for row in rows]
-    ax.barh(at, [row["value"] for row in rows], height=0.8, color=colours)
-    for y, row in zip(at, rows, strict=True):
-        ax.annotate(f" {row['value']:,.0f}", (row["value"], y), va="center", fontsize=7)
+    """Frames/s of whole scans in focus, by program; rows as ``benchmarks.peers.figures`` makes them."""
+    from benchmarks.peers import GOALS
+
+    measured = [row for row in rows if row.get("optics") == "in focus" and "run_s" in row]
+    measured.sort(key=lambda row: (row["kind"] != "offline", row["scan"], row["detector"]))
+    rates = [row["scan"] ** 2 / row["run_s"] for row in measured]
+    at: list[float] = []
+    for row, before in zip(measured, [None, *measured[:-1]], strict=True):
+        same = before is not None and all(row[key] == before[key] for key in ("kind", "scan", "detector"))
+        at.append((at[-1] if at else 0.0) + (1.0 if same else 1.6))
+    ours = [row["program"] == "liveptycho" for row in measured]
+    ax.barh(at, rates, height=0.85, color=[_OURS if own else _PALE for own in ours])
+    for y, rate, row, own in zip(at, rates, measured, ours, strict=True):
+        ax.annotate(f" {rate:,.0f}", (rate, y), va="center", fontsize=7)
+        goal = GOALS.get(f"{row['program']} {row['kind']}", {}).get(row["scan"])
+        if goal is None or own:
+            continue
+        for y_ours, other, is_ours in zip(at, measured, ours, strict=True):
+            if is_ours and all(row[key] == other[key] for key in ("kind", "scan", "detector")):
+                ax.plot([goal * rate] * 2, [y_ours - 0.45, y_ours + 0.45], color=_GOAL, lw=2)
+    labels = [
+        f"{row['program']}, {row['kind']}{', ' + row['sender'] if 'sender' in row else ''}, "
+        f"{row['scan']}x{row['scan']}, detector {row['detector']}"
+        for row in measured
+    ]
     ax.set_yticks(at, labels, fontsize=7)
     ax.invert_yaxis()
     ax.set_xscale("log")
+    ax.set_xlim(right=4 * max(rates, default=1.0))
     _thousands(ax.xaxis)
-    ax.set_xlabel("frames/s (logarithmic)")
-    ax.set_title("Against peers, same data, same machine", loc="left")
+    ax.set_xlabel("frames/s without the set-up (logarithmic); goals in red")
+    ax.set_title("Against peers: same data, same machine", loc="left")

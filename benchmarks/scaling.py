@@ -19,7 +19,7 @@ from benchmarks.processes import MB, apart, held_bytes, peak_bytes
 from benchmarks.report import Section
 from detectors.errors import DoesNotFit
 from detectors.messages import Encoding, FrameBlock
-from stream.array import choose_device
+from stream.array import Device, choose_device
 from stream.decode import compile_ahead
 from stream.engine import BATCH_ROWS, Engine, MemoryPlan
 from stream.kernels import is_real_kernel
@@ -42,9 +42,30 @@ _SECONDS = {"quick": 0.3, "default": 1.5, "long": 8.0}
 _POOL = 256
 
 
+def _block(rows: range, side: int, size: int, slab: np.ndarray) -> FrameBlock:
+    """Raw frames of ``size`` bytes for some scan rows, out of a pool."""
+    count = len(rows) * side
+    offsets = np.arange(count) % _POOL * size
+    return FrameBlock(1, Encoding.RAW, rows.start * side + np.arange(count), offsets, np.full(count, size), slab)
+
+
+def _warm_up(device: Device, aberrated: bool) -> None:
+    """Let whatever is compiled be compiled, or loaded, before anything is measured."""
+    what = setup((32, 32), 60, aberrated=aberrated)
+    size = what.geometry.shape[0] * what.geometry.shape[1]
+    engine = Engine(what, device)
+    for rows in (range(16), range(16, 32)):
+        engine.add(_block(rows, 32, size, np.ones(_POOL * size, np.uint8)))
+        while engine.accumulate():
+            pass
+    engine.object()
+    engine.close()
+
+
 def _measure(pipe: Connection, side: int, bf_pixels: int, aberrated: bool, seconds: float) -> None:
     compile_ahead()
     device = choose_device("cpu")
+    _warm_up(device, aberrated)
     what = setup((side, side), bf_pixels, aberrated=aberrated)
     pixels, entries = len(what.geometry.bf_pixels), what.passband.entries
     plan = MemoryPlan.of(what)
@@ -68,12 +89,9 @@ def _measure(pipe: Connection, side: int, bf_pixels: int, aberrated: bool, secon
         return
     adding = accumulating = 0.0
     batch = min(BATCH_ROWS, side)
-    count = batch * side
-    offsets = np.arange(count) % _POOL * size
-    sizes = np.full(count, size)
     rows, began = 0, time.perf_counter()
     while rows < side and (rows < 2 * batch or time.perf_counter() - began < seconds):
-        block = FrameBlock(1, Encoding.RAW, rows * side + np.arange(count), offsets, sizes, slab)
+        block = _block(range(rows, rows + batch), side, size, slab)
         cpu = time.process_time()
         engine.add(block)
         between = time.process_time()
