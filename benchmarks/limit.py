@@ -54,7 +54,8 @@ def _chosen(quick: bool, long: bool) -> list[tuple[Stream, list[str]]]:
         return [(every[i], [ALL, BRIGHT]) for i in (0, 2)]
     # Raw frames one by one are limited by the socket, in either protocol.
     few = [s for s in every if s.encoding is Encoding.BSLZ4 or (s.protocol, s.per_message) != _SINGLE]
-    return [(s, [ALL, BRIGHT] if (s.protocol, s.per_message) == _V2 else [ALL]) for s in few]
+    both = [s for s in few if s.encoding is Encoding.BSLZ4 and (s.protocol, s.per_message) == _V2]
+    return [(s, [ALL, BRIGHT] if s in both else [ALL]) for s in few]
 
 
 def run(quick: bool, long: bool = False) -> Section:

@@ -108,7 +108,7 @@ def _draw_rates(ax: Any, rows: Rows) -> None:
     ax.set_xlabel("frames/s")
     ax.set_title("A detector that does not wait", loc="left")
     ax.grid(axis="x", alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right", framealpha=1.0, markerscale=0.4)
+    ax.legend(fontsize=8, loc="lower right", framealpha=1.0, markerscale=0.6)
     ax.set_xlim(0, 1.7 * max(row["held"] / min(1.0, row["held/detector"]) for row in rows))
 
 
