@@ -1,11 +1,11 @@
 # `make demo` runs the main job, `make test` passes the tests; both set everything up on a fresh machine.
-# Other targets: test-long, test-peers, lint, bench, tutorial, clean.
+# Other targets: test-long, test-peers, lint, bench, bench-long, tutorial, clean.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long test-peers lint bench tutorial system-libraries clean
+.PHONY: demo test test-long test-peers lint bench bench-long tutorial system-libraries clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.viewer system-libraries
@@ -35,8 +35,13 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# At most ten minutes on two idle cores; the table and the plot are kept in benchmarks/results.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
+
+# Every case, scans up to 2048x2048, an hour of continuous scanning.
+bench-long: $(VENV)/.dev
+	$(BIN)/python -m benchmarks --long
 
 tutorial: $(VENV)/.dev
 	$(BIN)/python docs/tutorial.py

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from detectors import codec
-from detectors.messages import Encoding, SeriesStart
-from detectors.protocols.registry import protocol_named
+from detectors.messages import SeriesStart
 from stream.engine import Setup
 from stream.geometry import DetectorGeometry
 from stream.kernels import METHODS
@@ -28,9 +26,6 @@ DETECTOR_SHAPE = (192, 192)
 BF_RADIUS_PX = 20.0
 #: Underfocus and astigmatism, so that the kernels are complex.
 ABERRATIONS = {"C10": -150.0, "C12": 30.0, "phi12": 20.0}
-
-#: Frames that differ from each other; longer streams repeat them.
-_POOL = 1024
 
 
 def bf_radius(pixels: int) -> float:
@@ -64,17 +59,21 @@ def bf_counts(scan_shape: tuple[int, int], pixels: int, dtype: np.dtype, mean: f
     return out
 
 
-def frames(count: int, dtype: str, mean: float = 0.2, radius: float = 40.0) -> np.ndarray:
-    """Electron counts, Poisson ``mean`` a pixel in a disk of ``radius`` px: (count, *DETECTOR_SHAPE)."""
+def frames(
+    count: int, dtype: str, mean: float = 0.2, radius: float = 40.0, shape: tuple[int, int] = DETECTOR_SHAPE
+) -> np.ndarray:
+    """Electron counts, Poisson ``mean`` a pixel in a disk of ``radius`` px: (count, *shape)."""
     rng = np.random.default_rng(2)
-    row, column = np.indices(DETECTOR_SHAPE) - (np.array(DETECTOR_SHAPE) / 2)[:, None, None]
+    row, column = np.indices(shape) - (np.array(shape) / 2)[:, None, None]
     lit = np.hypot(row, column) < radius
-    out = np.zeros((count, *DETECTOR_SHAPE), dtype)
+    out = np.zeros((count, *shape), dtype)
     out[:, lit] = rng.poisson(mean, (count, int(lit.sum())))
     return out
 
 
-def start(scan_shape: tuple[int, int], dtype: str, passes: int | None = 1) -> SeriesStart:
+def start(
+    scan_shape: tuple[int, int], dtype: str, passes: int | None = 1, shape: tuple[int, int] = DETECTOR_SHAPE
+) -> SeriesStart:
     """The start message of a series of ``frames``, with every setting that the reconstruction needs."""
     pixel = SEMIANGLE_MRAD / BF_RADIUS_PX
     settings: dict[str, Any] = {
@@ -83,32 +82,11 @@ def start(scan_shape: tuple[int, int], dtype: str, passes: int | None = 1) -> Se
         "rolloff_mrad": ROLLOFF_MRAD,
         "scan_step_angstrom": STEP_ANGSTROM,
         "detector_pixel_mrad": pixel,
-        "bf_centre_px": [n / 2 for n in DETECTOR_SHAPE],
+        "bf_centre_px": [n / 2 for n in shape],
         "bf_radius_px": BF_RADIUS_PX,
     }
     count = None if passes is None else passes * scan_shape[0] * scan_shape[1]
-    return SeriesStart(1, DETECTOR_SHAPE, np.dtype(dtype).newbyteorder("<"), scan_shape, count, settings)
-
-
-def stream_messages(
-    frame_count: int, dtype: str, encoding: Encoding, per_message: int, protocol: str = "native"
-) -> list[list[Any]]:
-    """The frame messages of a series, packed: ``frame_count`` frames, ``per_message`` in each where that can be."""
-    pool = [codec.encode(frame, encoding) for frame in frames(min(_POOL, frame_count), dtype)]
-    encoder = protocol_named(protocol).encoder()
-    encoder.start(start((1, frame_count), dtype))
-    out: list[list[Any]] = []
-    if protocol != "native":
-        for first in range(0, frame_count, len(pool)):
-            out += map(list, encoder.frames(1, first, pool[: frame_count - first], encoding))
-        return out
-    joined: dict[int, Any] = {}
-    for first in range(0, frame_count, per_message):
-        count = min(per_message, frame_count - first)
-        at = first % len(pool)
-        header, payload = encoder.frames(1, first, [pool[(at + i) % len(pool)] for i in range(count)], encoding)[0]
-        out.append([header, joined.setdefault(at, payload) if count == per_message else payload])
-    return out
+    return SeriesStart(1, shape, np.dtype(dtype).newbyteorder("<"), scan_shape, count, settings)
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:

@@ -21,7 +21,7 @@ from stream.kernels import KernelTable, Passband, RunTable, make_kernels
 from stream.ring import RowRing
 
 #: scan side, BF pixels
-CASES = ((64, 300), (64, 1250), (64, 5000), (128, 300), (128, 1250), (256, 300), (256, 1250), (512, 1250))
+CASES = ((64, 1250), (128, 1250), (256, 300), (256, 1250), (512, 1250))
 QUICK = ((64, 1250), (128, 1250), (256, 1250))
 
 #: Counts repeat after so many rows.
