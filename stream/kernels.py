@@ -423,17 +423,18 @@ def _find_ends(block: Any, step: float, ends: Any, first: int, bounds: Any, look
     """Write the ends of runs of a block, whose first entry is ``first``."""
     half = np.float32(0.5 * step)
     pixels = block.shape[1]
+    level, change = np.zeros(pixels + 1, np.int8), np.zeros(pixels, np.int8)
     for i in range(block.shape[0]):
+        # Two loops without branches first: ends are few, and most of the time goes into not finding any.
+        for k in range(pixels):
+            level[k] = np.int8(block[i, k] > half) - np.int8(block[i, k] < -half)
+        for k in range(pixels):
+            change[k] = level[k] - level[k + 1] * np.int8(1 - ends[k])
         at = bounds[2 * (first + i)]
         for sign in (1, -1):
-            here = int(block[i, 0] > half) - int(block[i, 0] < -half)
             for k in range(pixels):
-                following = 0
-                if k + 1 < pixels:
-                    following = int(block[i, k + 1] > half) - int(block[i, k + 1] < -half)
-                change = sign * (here - (0 if ends[k] else following))
-                here = following
-                for _ in range(change):
-                    lookups[at] = k
-                    at += 1
+                if change[k]:
+                    for _ in range(sign * change[k]):
+                        lookups[at] = k
+                        at += 1
             bounds[2 * (first + i) + (1 if sign == 1 else 2)] = at
