@@ -24,10 +24,10 @@ from typing import Any
 from detectors.errors import ConfigurationError, ConnectionFailed
 from detectors.messages import Message
 from detectors.protocols.registry import protocol_named
+from stream import contraction, decode
 from stream.acquisition import Acquisition
 from stream.config import Layer
 from stream.control import ActiveScan, DetectorControl, Finished, ScanPlan
-from stream.decode import compile_ahead
 from stream.intake import Silence, messages
 from stream.parameters import Resolution
 from stream.probe import CONNECT_S, reach
@@ -93,7 +93,7 @@ class Session:
         options = self.options
         self._stack = AsyncExitStack()
         # The first run on a machine takes seconds here, later ones find the compiled code on disk.
-        await asyncio.to_thread(compile_ahead)
+        await in_threads(decode.compile_ahead, contraction.compile_ahead)
         try:
             if options.control is not None:
                 await self._ask_detector(await self._stack.enter_async_context(options.control))
