@@ -44,7 +44,7 @@ _HTYPE, _DIMAGE, _DIMAGE_D, _DCONFIG = (_word(text) for text in ("htype", "dimag
 _SERIES, _FRAME, _SHAPE, _SIZE, _TYPE = (_word(text) for text in ("series", "frame", "shape", "size", "type"))
 _ENCODING, _START_TIME, _STOP_TIME = (_word(text) for text in ("encoding", "start_time", "stop_time"))
 
-_QUOTE, _COMMA, _ZERO, _NINE, _COLON, _OPEN_LIST, _BACKSLASH, _CLOSE_LIST, _OPEN, _CLOSE = b'",09:[\\]{}'
+_QUOTE, _COMMA, _ZERO, _COLON, _OPEN_LIST, _BACKSLASH, _CLOSE_LIST, _OPEN, _CLOSE = b'",0:[\\]{}'
 
 # What is read is given to the compiled functions as an address: see ``detectors.protocols.intrinsics``.
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
