@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,13 @@ from detectors.messages import (
     SeriesStart,
     Undecodable,
 )
+from detectors.protocols import dectris_v1_walk
 from detectors.protocols.dectris import DTYPES, json_object
 from detectors.protocols.dectris_v1_encoder import Encoder
 from detectors.protocols.dectris_v1_parts import (
-    IMAGE,
-    IMAGE_D,
     LARGEST_INDEX,
     LARGEST_INT64,
-    TIMES,
+    MAX_TEXT_BYTES,
     Header,
     Layout,
     integer,
@@ -58,8 +58,6 @@ SUMMARY = "DECTRIS Stream V1 (legacy), JSON multipart over ZeroMQ"
 PORT = 9999
 ENCODINGS = {"bslz4": Encoding.BSLZ4, "lz4": Encoding.LZ4, "raw": Encoding.RAW}
 
-#: A configuration has about 3 kB; nothing larger than this is read as JSON, or kept as an appendix.
-_MAX_TEXT_BYTES = 1 << 20
 _MAX_HEADER_PARTS = 16
 
 #: What can be no appendix, and no array.
@@ -73,11 +71,12 @@ class Decoder:
     """Sans-IO decoder: see ``detectors.messages.StreamDecoder``. A state machine: ``_expect`` takes the next part.
 
     Each ``_take_...`` gets a part as its place and length in the slab, and hands on to :meth:`_other` what it did not
-    expect. What is remembered between parts, and between batches:
+    expect. Whole images that the compiled walk has found in the batch take a short way, many at once
+    (:meth:`_take_images`), wherever an image may begin. What is remembered between parts, and between batches:
 
     ============  ===============================================================================================
-    ``_expect``   what has to come next: an image (also: nothing in particular), its layout, its pixels, its times;
-                  a header's configuration, its next part, an array
+    ``_expect``   what has to come next: nothing in particular (``_other``, as between images), an image's layout, its
+                  pixels, its times; a header's configuration, its next part, an array
     ``_header``   the header of a series **without an image so far**, else None
     ``_start``    the ``SeriesStart`` of the last series that **had an image**, whose other images must be like it
     image         ``_series`` to ``_own``, of the image under way; its pixels are copied where a batch ends before it
@@ -96,12 +95,12 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._expect: Callable[[int, int], None] = self._take_image
+        dectris_v1_walk.prepare()
+        self._expect: Callable[[int, int], None] = self._other
         self._header: Header | None = None
         self._announced: tuple[object, ...] = ()  # the last series, and the parts that announced it
         self._start: SeriesStart | None = None
         self._array: Mapping[str, Any] = {}
-        self._layouts: dict[tuple[bytes | None, ...], Layout] = {}
         # The image under way. ``_own``: its pixels, where they cannot stay in the slab.
         self._series = self._frame = self._size = self._offset = 0
         self._layout = Layout(Encoding.RAW, (1, 1), DTYPES["uint8"])
@@ -112,8 +111,20 @@ class Decoder:
 
     def feed(self, batch: ReceivedBatch) -> list[Message]:
         self._found, self._view = Gathering(batch), batch.slab.data
-        for offset, length in zip(batch.offsets.tolist(), batch.lengths.tolist(), strict=True):
-            self._expect(offset, length)
+        images = dectris_v1_walk.walk(batch.slab, batch.offsets, batch.lengths)
+        bounds = [*np.flatnonzero(images["same"] == 0).tolist(), len(images)]
+        done = 0
+        for first, stop in pairwise(bounds):
+            for i in range(first, stop):
+                begins = int(images["part"][i])
+                self._take_parts(batch, done, begins)
+                done = begins
+                # Else these parts have to do with what came before them; the next image may be on its own.
+                if self._expect in (self._other, self._take_header_part):
+                    if self._take_images(images[i:stop]):
+                        done = int(images["part"][stop - 1] + images["parts"][stop - 1])
+                    break
+        self._take_parts(batch, done, len(batch.offsets))
         if self._expect == self._take_times and self._own is None:
             self._own = self._bytes(self._offset, self._size)
         self._found.close()
@@ -121,16 +132,49 @@ class Decoder:
         del self._found, self._view  # the slab goes back
         return messages
 
+    def _take_parts(self, batch: ReceivedBatch, first: int, stop: int) -> None:
+        for part in range(first, stop):
+            self._expect(int(batch.offsets[part]), int(batch.lengths[part]))
+
     # --- images ---
 
-    def _take_image(self, offset: int, length: int) -> None:
-        match = IMAGE.fullmatch(self._view, offset, offset + length)
-        if match is not None:
-            frame, htype, series = match.groups()
-            if frame is not None and htype is not None and series is not None:
-                self._begin_image(int(series), int(frame))
-                return
-        self._other(offset, length)
+    def _take_images(self, images: np.ndarray) -> bool:
+        """Whole images of one series and layout, one behind the other; whether there is nothing wrong with them."""
+        image = images[0]
+        series = int(image["series"])
+        encoding, dtype = (
+            self._bytes(image[f"{key}_at"], image[f"{key}_size"]).decode() for key in ("encoding", "type")
+        )
+        shape = dectris_v1_walk.shape_of(int(image["shape"]), int(image["dimensions"]))
+        try:
+            layout = layout_of({"shape": shape, "type": dtype, "encoding": encoding})
+        except ProtocolError:
+            return False
+        if self._contradicts(series, layout):
+            return False
+        self._told = self._owed = False
+        if self._header is not None and self._header.series == series:
+            self._begin_series(self._header, layout.shape, layout.dtype)
+        frames, places, sizes, times = (
+            np.ascontiguousarray(images[name]) for name in ("frame", "offset", "size", "time_ns")
+        )
+        if image["unframed"]:
+            columns = (each.tolist() for each in (frames, places, sizes, times))
+            for frame, offset, size, time in zip(*columns, strict=True):
+                time_ns = None if time == dectris_v1_walk.NO_TIME else time
+                own = self._framed(layout, offset, size)
+                self._found.add(series, layout.encoding, frame, offset, size, time_ns, own)
+        else:
+            timed = (times != dectris_v1_walk.NO_TIME).all()
+            self._found.extend(series, layout.encoding, frames, places, sizes, times if timed else None)
+        self._may_append = bool(images["parts"][-1] == 4)
+        self._expect = self._other
+        return True
+
+    def _contradicts(self, series: int, layout: Layout) -> bool:
+        """Whether other images of this series were of another shape or type."""
+        start = self._start
+        return start is not None and start.series == series and (start.detector_shape, start.dtype) != layout[1:]
 
     def _begin_image(self, series: int, frame: int) -> None:
         self._series, self._frame = series, frame
@@ -138,31 +182,22 @@ class Decoder:
         self._expect = self._take_layout
 
     def _take_layout(self, offset: int, length: int) -> None:
-        match = IMAGE_D.fullmatch(self._view, offset, offset + length)
-        key = None if match is None else match.group(1, 2, 3, 4, 6)
-        layout = None if key is None else self._layouts.get(key)
-        size = None if match is None else match[5]
-        if layout is None or size is None:
-            fields = self._json(offset, length)
-            if fields is None or fields.get("htype") != "dimage_d-1.0":
-                self._broken("no dimage_d part follows", offset, length)
-                self._owed = self._told
-                return
-            try:
-                layout, size = layout_of(fields), integer(fields, "size", 0, LARGEST_INT64)
-            except ProtocolError as error:
-                self._broken(str(error))
-                return
-            if key is not None:
-                if len(self._layouts) >= 16:
-                    self._layouts.clear()
-                self._layouts[key] = layout
+        fields = self._json(offset, length)
+        if fields is None or fields.get("htype") != "dimage_d-1.0":
+            self._broken("no dimage_d part follows", offset, length)
+            self._owed = self._told
+            return
+        try:
+            layout, size = layout_of(fields), integer(fields, "size", 0, LARGEST_INT64)
+        except ProtocolError as error:
+            self._broken(str(error))
+            return
         start = self._start
-        if start is not None and start.series == self._series and (start.detector_shape, start.dtype) != layout[1:]:
+        if start is not None and self._contradicts(self._series, layout):
             here, there = f"{layout.shape} {layout.dtype.name}", f"{start.detector_shape} {start.dtype.name}"
             self._broken(f"{here} in a series of {there}")
             return
-        self._layout, self._size = layout, int(size)
+        self._layout, self._size = layout, size
         self._expect = self._take_pixels
 
     def _take_pixels(self, offset: int, length: int) -> None:
@@ -172,19 +207,16 @@ class Decoder:
         self._offset, self._own = offset, None
         packed = self._layout.encoding is Encoding.BSLZ4 and length >= 12
         if packed and not int.from_bytes(self._view[offset : offset + 12], "big"):
-            # A simulator (libertem-live) leaves the framing's first two words empty; no decoder takes that.
-            rows, columns = self._layout.shape
-            words = struct.pack(">QI", rows * columns * self._layout.dtype.itemsize, BLOCK_BYTES)
-            self._own = words + self._bytes(offset + 12, length - 12)
+            self._own = self._framed(self._layout, offset, length)
         self._expect = self._take_times
 
+    def _framed(self, layout: Layout, offset: int, length: int) -> bytes:
+        """A payload whose framing's first two words a simulator (libertem-live) left empty: no decoder takes that."""
+        rows, columns = layout.shape
+        words = struct.pack(">QI", rows * columns * layout.dtype.itemsize, BLOCK_BYTES)
+        return words + self._bytes(offset + 12, length - 12)
+
     def _take_times(self, offset: int, length: int) -> None:
-        match = TIMES.fullmatch(self._view, offset, offset + length)
-        htype, start, stop = (None, None, None) if match is None else match.groups()
-        if htype is not None and start is not None and stop is not None:
-            start_ns, stop_ns = int(start), int(stop)
-            self._finish_image(start_ns if start_ns or stop_ns else None)
-            return
         fields = self._json(offset, length)
         if fields is not None and fields.get("htype") == "dconfig-1.0":
             time = fields.get("start_time")
@@ -193,14 +225,14 @@ class Decoder:
             self._finish_image(time if known else None)
         else:  # the pixels are all there
             self._finish_image(None)
-            self._take_image(offset, length)
+            self._other(offset, length)
 
     def _finish_image(self, time_ns: int | None) -> None:
         if self._header is not None and self._header.series == self._series:
             self._begin_series(self._header, self._layout.shape, self._layout.dtype)
         self._found.add(self._series, self._layout.encoding, self._frame, self._offset, self._size, time_ns, self._own)
         self._may_append = True
-        self._expect = self._take_image
+        self._expect = self._other
 
     # --- headers ---
 
@@ -284,7 +316,7 @@ class Decoder:
             self._announced = ()
         self._found.say(SeriesEnd(series, (raw,)))
         self._may_append = self._told = self._owed = False
-        self._expect = self._take_image
+        self._expect = self._other
 
     # --- whatever comes ---
 
@@ -306,7 +338,7 @@ class Decoder:
         except ProtocolError as error:
             self._owed = htype == "dimage-1.0"
             self._say(f"{htype}: {error}", int(self._owed))
-            self._expect, self._may_append, self._told = self._take_image, False, True
+            self._expect, self._may_append, self._told = self._other, False, True
 
     def _stray(self, htype: Any, length: int) -> None:
         """A part that fits nowhere: told once, until one fits again. A ``dimage_d`` stands for an image."""
@@ -319,7 +351,7 @@ class Decoder:
     def _broken(self, reason: str, offset: int = 0, length: int | None = None) -> None:
         """The image under way is lost; a part of ``length`` bytes, if given, was not its, and may begin another."""
         self._say(f"image {self._frame} of series {self._series}: {reason}", 1)
-        self._expect, self._may_append, self._told, self._owed = self._take_image, False, True, length is not None
+        self._expect, self._may_append, self._told, self._owed = self._other, False, True, length is not None
         if length is not None:
             self._other(offset, length)
 
@@ -330,20 +362,20 @@ class Decoder:
         return bytes(self._view[offset : offset + length])
 
     def _json(self, offset: int, length: int) -> dict[str, Any] | None:
-        if not 2 <= length <= _MAX_TEXT_BYTES or self._view[offset] not in b"{ \t\r\n":
+        if not 2 <= length <= MAX_TEXT_BYTES or self._view[offset] not in b"{ \t\r\n":
             return None
         return json_object(self._bytes(offset, length))
 
     def _text(self, offset: int, length: int) -> str | None:
         try:
-            return self._bytes(offset, length).decode() if 1 <= length <= _MAX_TEXT_BYTES else None
+            return self._bytes(offset, length).decode() if 1 <= length <= MAX_TEXT_BYTES else None
         except UnicodeDecodeError:
             return None
 
 
 def looks_like(part: bytes) -> bool:
     """Whether a message's first part is of this protocol: a JSON object whose ``htype`` begins with "d"."""
-    if len(part) > _MAX_TEXT_BYTES or not part.lstrip().startswith(b"{"):
+    if len(part) > MAX_TEXT_BYTES or not part.lstrip().startswith(b"{"):
         return False
     htype = (json_object(part) or {}).get("htype")
     return isinstance(htype, str) and htype.startswith("d")

@@ -1,4 +1,4 @@
-"""The small parts of DECTRIS Stream V1: what an image's JSON texts say, read quickly, and what a header has told."""
+"""The small parts of DECTRIS Stream V1: what an image's JSON texts say, and what a header has told."""
 
 from __future__ import annotations
 
@@ -17,29 +17,10 @@ from detectors.protocols.dectris import DTYPES, good_pixels, told_by
 LARGEST_INDEX = 2**53
 LARGEST_INT64 = 2**63 - 1
 
+#: A configuration has about 3 kB; nothing larger than this is read as JSON, or kept as an appendix.
+MAX_TEXT_BYTES = 1 << 20
+
 _ENCODING = re.compile(r"(?:(?:bs(8|16|32))?(-?lz4))?([<>])")
-
-
-def _object(**values: str) -> re.Pattern[bytes]:
-    """What matches JSON objects with these keys in any order; a group for each pair of parentheses in ``values``.
-
-    The three small parts of an image, read by ``json``, would cost more than everything else here. Whatever does not
-    match, or lacks a key, is read by ``json`` after all: a match only ever says what that would have said.
-    """
-    pairs = "|".join(f'"{key}" : (?:{value})' for key, value in values.items())
-    return re.compile(rf' \{{ (?:(?:{pairs}) (?:, (?=")|(?=\}})))+\}} '.replace(" ", r"[ \t\r\n]*").encode())
-
-
-_NUMBER = r"(0|[1-9][0-9]{0,17})"
-IMAGE = _object(frame=r"(0|[1-9][0-9]{0,14})", hash='"[-0-9A-Za-z]*"', htype=r'"(dimage-1\.0)"', series=_NUMBER)
-IMAGE_D = _object(
-    encoding='"([-a-z0-9<>]*)"',
-    htype=r'"(dimage_d-1\.0)"',
-    shape=rf"\[ {_NUMBER} , {_NUMBER} \]",
-    size=_NUMBER,
-    type='"([a-z0-9]*)"',
-)
-TIMES = _object(htype=r'"(dconfig-1\.0)"', real_time=r"(?:0|[1-9][0-9]*)", start_time=_NUMBER, stop_time=_NUMBER)
 
 
 class Layout(NamedTuple):
