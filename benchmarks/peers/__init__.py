@@ -8,7 +8,7 @@ fails, is a line of the report. Each job is measured after a small one has impor
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,23 @@ from stream.optics import electron_wavelength
 
 #: scan side, detector side
 QUICK = ((32, 96),)
-CASES = ((32, 96), (32, 128), (128, 96), (128, 128))
-LONG = ((256, 96), (256, 128))
-#: ... of the live scans; all with the larger detector.
-LIVE_QUICK, LIVE, LIVE_LONG = ((32, 128),), ((128, 128),), ((256, 128),)
+CASES = ((32, 96), (128, 96), (128, 128))
+LONG = ((32, 128), (256, 96), (256, 128))
+#: ... of those, the ones that are streamed as well.
+LIVE_QUICK, LIVE, LIVE_LONG = ((32, 96),), ((128, 128),), ((256, 128),)
 
 #: Ratios that are to be reached, by scan side.
 GOALS = {
     "LiberTEM offline": {128: 40, 256: 100},
     "LiberTEM live": {128: 15, 256: 50},
-    "py4DSTEM CPU": {128: 100, 256: 100},
+    "py4DSTEM": {128: 100, 256: 100},
     "py4DSTEM memory": {128: 10, 256: 10},
 }
 FIRST_IMAGE_GOAL_S = 1.0
 
 _SMALL = (16, 16)
 _TIMEOUT_S, _LONG_TIMEOUT_S = 120.0, 1200.0
+_V1, _V2 = "libertem-live's sender, Stream V1", "own sender, Stream V2"
 _OURS, _LIBERTEM, _PY4DSTEM = "liveptycho", "LiberTEM", "py4DSTEM"
 
 Figures = dict[str, Any]
@@ -76,6 +77,8 @@ class _Bench:
     def case(self, side: int, detector: int, live: bool) -> Iterator[Figures]:
         """Measure one scan with everything there is. ``live``: as a stream as well."""
         scan, shape = (side, side), (detector, detector)
+        for left in self._folder.iterdir():
+            left.unlink()
         path = self._folder / "scan.npy"
         data.save_scan(path, scan, shape)
         small = self._folder / "small.npy"
@@ -118,7 +121,7 @@ class _Bench:
 
     def _live(self, path: Path, asked: Figures, what: Figures) -> Iterator[Figures]:
         figure = {"kind": "live", "optics": "in focus", **what}
-        ours_v2 = {**figure, "program": _OURS, "sender": "own, Stream V2"}
+        ours_v2 = {**figure, "program": _OURS, "sender": _V2}
         yield self._measured("ours live V2", "ours_live", None, asked, ours_v2)
         stream = self._folder / "stream.v1"
         asked = {**asked, "largest_frame": save_v1_stream(stream, np.load(path, mmap_mode="r"))}
@@ -126,7 +129,7 @@ class _Bench:
             (_OURS, "ours live V1", "ours_live", None),
             (_LIBERTEM, "LiberTEM live", "libertem_live_dectris", "libertem"),
         ):
-            row = {**figure, "program": program, "sender": "libertem-live's, Stream V1"}
+            row = {**figure, "program": program, "sender": _V1}
             if self._problems["libertem"]:
                 yield {**row, "note": self._problems["libertem"]}
                 continue
@@ -136,10 +139,11 @@ class _Bench:
                     yield self._measured(name, script, environment, {**asked, **ports}, row)
             except PeerFailed as error:
                 yield {**row, "note": str(error)}
-        stream.unlink()
 
     def _agreement(self, side: int, what: Figures) -> Iterator[Figures]:
         """Our phase against that of each peer that has one, as it is and like for like."""
+        if not self._saved("ours in focus").exists():
+            return
         ours = np.load(self._saved("ours in focus"))
         for name, like in (
             (_LIBERTEM, libertem_objects),
@@ -152,14 +156,11 @@ class _Bench:
             if not saved.exists():
                 continue
             theirs, undone, how = like(np.load(saved))
-            saved.unlink()
             yield {
                 "kind": "agreement", "program": name, **what, "optics": "in focus", "how": how,
                 **dict(zip(("correlation", "slope"), against(ours, theirs), strict=True)),
                 **dict(zip(("like_correlation", "like_slope"), against(ours, undone), strict=True)),
             }  # fmt: skip
-        for left in ("ours in focus", "ours aberrated"):
-            self._saved(left).unlink(missing_ok=True)
 
 
 def against(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
@@ -218,7 +219,7 @@ def section(measured: list[Figures]) -> str:
     tables = [
         f"### Whole jobs from memory\n\n{_offline_table(measured)}",
         f"### Live\n\n{_live_table(measured)}",
-        f"### Ratios\n\n{_ratio_table(measured)}",
+        f"### Ratios\n\n{_ratio_tables(measured)}",
         f"### Agreement of the phase images with ours\n\n{_agreement_table(measured)}",
     ]
     versions = {name: value for figure in measured for name, value in figure.get("versions", {}).items()}
@@ -264,30 +265,47 @@ def _live_table(measured: list[Figures]) -> str:
     return data.table(("scan, detector", "program", "sender", "frames/s", "first image, s", "CPU, s"), rows)
 
 
-def _ratio_table(measured: list[Figures]) -> str:
-    rows: list[tuple[object, ...]] = []
+#: The two ways ours is run, by kind: what tells them apart, and how they are headed. Goals are judged by the first.
+_WAYS = {
+    "offline": ("optics", "in focus", "aberrated"),
+    "live": ("sender", _V1, _V2),
+}
 
-    def compare(peer: str, what: str, key: str, goal: str, kind: str = "offline", unit: float = 1.0) -> None:
+
+def _ratios(measured: list[Figures], kind: str, compared: Sequence[tuple[str, str, str, str, float]]) -> str:
+    """A table of theirs/ours; ``compared``: (peer, what, key of the figure, key of the goal, unit)."""
+    way, *names = _WAYS[kind]
+    rows = []
+    for peer, what, key, goal, unit in compared:
         for theirs in _of(measured, kind=kind, program=peer):
             same = {"kind": kind, "program": _OURS, "scan": theirs["scan"], "detector": theirs["detector"]}
-            for ours in _of(measured, **same):
-                goals = GOALS.get(goal, {})
-                aim: object = goals.get(theirs["scan"], "–") if ours["optics"] == "in focus" else "–"
-                ratio = theirs[key] / ours[key]
-                met = "–" if not isinstance(aim, int) else "yes" if ratio >= aim else "no"
-                note = ours.get("sender", ours["optics"])
-                values = theirs[key] / unit, ours[key] / unit
-                rows.append((f"{peer}: {what}", _size(theirs), note, *values, ratio, aim, met))
+            cells: list[float] = []
+            for name in names:
+                found = _of(measured, **same, **{way: name})
+                ours = found[0][key] if found else float("nan")
+                cells += [ours / unit, theirs[key] / ours]
+            aim = GOALS.get(goal, {}).get(theirs["scan"])
+            verdict = ("–", "–") if aim is None else (aim, "yes" if cells[1] >= aim else "no")
+            rows.append((f"{peer}: {what}", _size(theirs), theirs[key] / unit, *cells, *verdict))
+    head = ("against", "scan, detector", "theirs", f"ours, {names[0]}", "theirs/ours", f"ours, {names[1]}",
+            "theirs/ours", "goal", "met")  # fmt: skip
+    return data.table(head, rows)
 
-    compare(_LIBERTEM, "run, s", "run_s", "LiberTEM offline")
-    compare(_LIBERTEM, "whole job, s", "whole_s", "LiberTEM offline")
-    compare(_LIBERTEM, "live, s", "run_s", "LiberTEM live", kind="live")
-    compare(_PY4DSTEM, "CPU, s", "cpu_s", "py4DSTEM CPU")
-    compare(_PY4DSTEM, "whole job, s", "whole_s", "")
-    compare(_PY4DSTEM, "peak memory, MB", "peak_bytes", "py4DSTEM memory", unit=1e6)
-    compare(_PY4DSTEM, "memory without the data, MB", "beyond_bytes", "py4DSTEM memory", unit=1e6)
-    compare(_LIBERTEM, "first image, s", "first_image_s", "", kind="live")
-    head = ("against", "scan, detector", "ours", "theirs", "ours", "theirs/ours", "goal", "met")
+
+def _ratio_tables(measured: list[Figures]) -> str:
+    offline = _ratios(measured, "offline", (
+        (_LIBERTEM, "run, s", "run_s", "LiberTEM offline", 1),
+        (_LIBERTEM, "whole job, s", "whole_s", "LiberTEM offline", 1),
+        (_PY4DSTEM, "whole job, CPU s", "cpu_s", "py4DSTEM", 1),
+        (_PY4DSTEM, "whole job, s", "whole_s", "py4DSTEM", 1),
+        (_PY4DSTEM, "peak memory, MB", "peak_bytes", "py4DSTEM memory", 1e6),
+        (_PY4DSTEM, "memory without the data, MB", "beyond_bytes", "py4DSTEM memory", 1e6),
+    ))  # fmt: skip
+    live = _ratios(measured, "live", (
+        (_LIBERTEM, "whole scan, s", "run_s", "LiberTEM live", 1),
+        (_LIBERTEM, "CPU, s", "cpu_s", "", 1),
+        (_LIBERTEM, "first image, s", "first_image_s", "", 1),
+    ))  # fmt: skip
     first = [
         f"{figure['first_image_s']:.2f} s ({_size(figure)}, {figure['sender']})"
         for figure in _of(measured, kind="live", program=_OURS)
@@ -295,7 +313,7 @@ def _ratio_table(measured: list[Figures]) -> str:
     goal = (
         f"Goal: our first image within {FIRST_IMAGE_GOAL_S:g} s of the first frame; measured, from the command to send"
     )
-    return f"{data.table(head, rows)}\n\n{goal}: {', '.join(first) or '–'}."
+    return f"{offline}\n\n{live}\n\n{goal}: {', '.join(first) or '–'}."
 
 
 def _agreement_table(measured: list[Figures]) -> str:
@@ -334,7 +352,3 @@ def _say(figure: Figures) -> None:
     else:
         words.append(f"{figure['scan'] ** 2 / figure.get('whole_s', figure['run_s']):,.0f} frames/s")
     print(*words, flush=True)
-
-
-if __name__ == "__main__":
-    print(run(quick=False))

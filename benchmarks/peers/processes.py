@@ -29,7 +29,7 @@ def problem_with(environment: str) -> str:
     """Why an environment cannot be used, in a sentence; empty when it can."""
     python = _python(environment)
     if not python.exists():
-        return f"not installed: `make .peers/{environment}/.done` does it, and needs a package index"
+        return "not installed: `make bench-peers` does it, and needs a package index"
     done = subprocess.run(
         [python, "-c", f"import {ENVIRONMENTS[environment]}"],
         capture_output=True,
@@ -38,7 +38,10 @@ def problem_with(environment: str) -> str:
         timeout=120,
     )
     if done.returncode:
-        return f"does not run on this Python: {_last_line(done.stderr)}"
+        return (
+            f"cannot be used on this Python, or is incomplete ({_last_line(done.stderr)}); remove "
+            f".peers/{environment} and see what `make bench-peers` says"
+        )
     return ""
 
 
