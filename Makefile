@@ -1,11 +1,11 @@
 # `make demo` runs the main job, `make test` passes the tests; both set everything up on a fresh machine.
-# Other targets: test-long, test-peers, lint, bench, bench-long, tutorial, clean.
+# Other targets: test-long, test-peers, lint, bench, bench-long, bench-peers, tutorial, clean.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long test-peers lint bench bench-long tutorial system-libraries clean
+.PHONY: demo test test-long test-peers lint bench bench-long bench-peers tutorial system-libraries clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.viewer system-libraries
@@ -22,7 +22,13 @@ test-peers: $(VENV)/.dev .peers/tickit/.done .peers/libertem/.done
 	$(BIN)/python -m pytest -m peers --timeout 600
 
 .peers/tickit/.done: PEER := tickit-devices 'cbor2<6'
-.peers/libertem/.done: PEER := libertem-live flask
+.peers/libertem/.done: PEER := libertem-live flask ptychography40
+.peers/py4dstem/.done: PEER := py4DSTEM==0.14.18
+# For the benchmark against peers; what cannot be installed here is said in its report.
+bench-peers:
+	-@$(MAKE) --no-print-directory .peers/libertem/.done
+	-@$(MAKE) --no-print-directory .peers/py4dstem/.done
+
 .peers/%/.done: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check virtualenv
 	$(BIN)/python -m virtualenv --quiet $(@D)

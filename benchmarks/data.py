@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from detectors.messages import SeriesStart
 from stream.engine import Setup
 from stream.geometry import DetectorGeometry
-from stream.kernels import METHODS
+from stream.kernels import METHODS, overlap_function
 from stream.optics import Aberrations, Probe
 from stream.scan import ScanPattern
 
@@ -69,6 +70,56 @@ def frames(
     out = np.zeros((count, *shape), dtype)
     out[:, lit] = rng.poisson(mean, (count, int(lit.sum())))
     return out
+
+
+def scan_settings(scan_shape: tuple[int, int], detector_shape: tuple[int, int]) -> dict[str, Any]:
+    """Every setting of a scan of :func:`save_scan`, under the keys of ``stream.config.Settings``."""
+    return {
+        "scan_shape": scan_shape,
+        "energy_kev": ENERGY_KEV,
+        "semiangle_mrad": SEMIANGLE_MRAD,
+        "rolloff_mrad": ROLLOFF_MRAD,
+        "scan_step_angstrom": (STEP_ANGSTROM, STEP_ANGSTROM),
+        "detector_pixel_mrad": (SEMIANGLE_MRAD / BF_RADIUS_PX,) * 2,
+        "bf_centre_px": tuple(n / 2 for n in detector_shape),
+        "bf_radius_px": BF_RADIUS_PX,
+        "rotation_deg": 0.0,
+    }
+
+
+def save_scan(path: Path, scan_shape: tuple[int, int], detector_shape: tuple[int, int]) -> None:
+    """A scan over a weak phase object, in focus, as a ``.npy`` file of u1 (*``scan_shape``, *``detector_shape``).
+
+    A crystal with ``16 x 16`` positions a unit cell, and an irregular part of low contrast: 48 frequencies in the
+    passband in all. Counts are Poisson, 1,000 electrons a pattern in a disk of ``BF_RADIUS_PX``, and 100 beside it.
+    """
+    rng = np.random.default_rng(5)
+    pixel = SEMIANGLE_MRAD / BF_RADIUS_PX
+    centre = tuple(n / 2 for n in detector_shape)
+    geometry = DetectorGeometry(
+        detector_shape, (pixel, pixel), centre, SEMIANGLE_MRAD, np.ones(detector_shape, bool)
+    )  # fmt: skip
+    probe = Probe(ENERGY_KEV * 1e3, SEMIANGLE_MRAD * 1e-3, ROLLOFF_MRAD * 1e-3, Aberrations({}))
+    k = geometry.bf_k(probe.wavelength)
+    lattice = [(1, 0), (0, 1), (1, 1), (1, -1), (2, 0), (0, 2), (2, 1), (1, 2)]
+    turns = np.array([*(np.array(lattice) / 16), *rng.uniform(-0.3, 0.3, (40, 2))])
+    # On the grid of the scan's own frequencies: the object repeats with the scan.
+    turns = np.round(turns * scan_shape) / scan_shape
+    amplitudes = np.array([0.06] * len(lattice) + [0.015] * 40) * np.exp(2j * np.pi * rng.random(len(turns)))
+    gamma = overlap_function(probe, k, tuple((turns / STEP_ANGSTROM).T[:, :, None]))
+    pattern = np.abs(probe(*k)) ** 2
+    electrons = 1000 / pattern.sum()
+    out = np.lib.format.open_memmap(path, "w+", np.uint8, (*scan_shape, *detector_shape))
+    rows, columns = scan_shape
+    for row in range(rows):
+        phase = np.exp(2j * np.pi * (turns[:, 0] * row + turns[:, 1] * np.arange(columns)[:, None]))
+        intensity = pattern - 2 * ((phase * amplitudes).imag @ gamma)
+        frames = np.zeros((columns, detector_shape[0] * detector_shape[1]), np.uint8)
+        frames[:, geometry.bf_pixels] = rng.poisson(electrons * np.maximum(intensity, 0))
+        anywhere = rng.integers(0, frames.shape[1], (columns, 100))
+        np.add.at(frames, (np.arange(columns)[:, None], anywhere), 1)
+        out[row] = frames.reshape(columns, *detector_shape)
+    out.flush()
 
 
 def start(
