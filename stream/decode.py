@@ -9,14 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from detectors.messages import Encoding, FrameBlock
-from stream.unpack import OK, decode_frames
-
-#: Frames that a 32-bit accumulator takes before it could overflow (65,535 counts each).
-_FLUSH_FRAMES = 1 << 16
+from stream.unpack import OK, decode_frames, flush_pattern
 
 
 def compile_ahead(dtypes: Iterable[str] = ("<u1", "<u2")) -> None:
@@ -28,17 +26,150 @@ def compile_ahead(dtypes: Iterable[str] = ("<u1", "<u2")) -> None:
             decoder = FrameDecoder((1, 1), dtype, np.zeros(1, np.int64), one.reshape(1, 1), executor, 1)
             block = FrameBlock(0, Encoding.RAW, nothing, nothing, nothing, np.zeros(0, np.uint8))
             decoder.decode(block, nothing, np.zeros((1, 1), dtype), np.zeros((1, 4), decoder.sums_dtype))
+            decoder.mean_pattern()
+
+
+class _Plan(NamedTuple):
+    """What the compiled code must know of a detector."""
+
+    width: int
+    bad: np.ndarray
+    """int64, ascending flat indices of masked pixels"""
+    masked: np.ndarray
+    """the value that counts as 0, or nothing"""
+    holds_floats: bool
+    moments: bool
+    pattern: bool
+    run_pixel: np.ndarray
+    """int64, first pixel of each run of neighbouring bright-field pixels; after the last one a large number"""
+    run_slot: np.ndarray
+    """int64, where each run stands in a row; after the last one the row's length"""
+    # The pixels as words of 64 bits, the first one lowest.
+    good_bits: np.ndarray
+    """uint64 (words,): which pixels are not masked"""
+    bf_words: np.ndarray
+    """int64, words that hold bright-field pixels"""
+    bf_bits: np.ndarray
+    """uint64, which pixels of each of ``bf_words`` those are"""
+    bf_slot: np.ndarray
+    """int64, where the first of each of ``bf_words`` stands in a row"""
+    word_row: np.ndarray
+    """int64 (words,): the detector row of each word's first pixel"""
+    row_places: np.ndarray
+    """uint64 (levels, words): bit ``level`` of how many rows lower each pixel is; none where rows are whole words"""
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, int],
+        dtype: np.dtype,
+        bf_pixels: np.ndarray,
+        good: np.ndarray,
+        maximum_is_masked: bool,
+        moments: bool,
+        pattern: bool,
+    ) -> _Plan:
+        pixels, width = shape[0] * shape[1], shape[1]
+        bf = np.asarray(bf_pixels, np.int64)
+        starts = np.flatnonzero(np.diff(bf, prepend=-2) != 1)
+        bf_bits = _words(np.isin(np.arange(pixels), bf))
+        bf_words = np.flatnonzero(bf_bits)
+        first = 64 * np.arange(len(bf_bits))
+        pixel_row = (first[:, None] + np.arange(64)) // width
+        below = pixel_row - pixel_row[:, :1]
+        levels = int(below.max()).bit_length()
+        is_float = dtype.kind == "f"
+        return cls(
+            width=width,
+            bad=np.flatnonzero(~good.ravel()),
+            masked=np.array([np.iinfo(dtype).max] if maximum_is_masked and not is_float else [], dtype),
+            holds_floats=is_float,
+            moments=moments,
+            pattern=pattern,
+            run_pixel=np.append(bf[starts], np.iinfo(np.int64).max),
+            run_slot=np.append(starts, len(bf)),
+            good_bits=_words(good.ravel()),
+            bf_words=bf_words,
+            bf_bits=bf_bits[bf_words],
+            bf_slot=np.searchsorted(bf, 64 * bf_words),
+            word_row=first // width,
+            row_places=np.array([_words((below >> level & 1).ravel()) for level in range(levels)], np.uint64).reshape(
+                levels, len(bf_bits)
+            ),
+        )
+
+
+def _words(pixels: np.ndarray) -> np.ndarray:
+    """Flags of pixels as bits: uint64 (a 64th of them,), the first pixel lowest."""
+    bits = np.packbits(pixels.astype(bool), bitorder="little")
+    return np.pad(bits, (0, -len(bits) % 8)).view("<u8").astype(np.uint64)
+
+
+class _Mean(NamedTuple):
+    """The sum of a worker's frames, and the narrow accumulators in front of it."""
+
+    pattern: np.ndarray
+    """uint64 or float64 (pixels,)"""
+    partial: np.ndarray
+    """what was unpacked to pixels, in twice their bits"""
+    counters: np.ndarray
+    """uint64: what stayed in bit planes, in 16 planes of a word for every 64 pixels, and one more to write zeros to"""
+    used: np.ndarray
+    """int64 (2,): frames in ``partial`` and in ``counters``"""
+    most: np.ndarray
+    """int64 (2,): how many they may take"""
+    carry: np.ndarray
+    """scratch, uint64 (words,)"""
+    columns: np.ndarray
+    """scratch for sums of columns, in the type of ``partial``"""
+
+    @classmethod
+    def of(cls, pixels: int, width: int, dtype: np.dtype) -> _Mean:
+        is_float = dtype.kind == "f"
+        twice = np.dtype("f8") if is_float else np.dtype(f"u{2 * dtype.itemsize}")
+        words = -(-pixels // 64)
+        return cls(
+            pattern=np.zeros(pixels, np.float64 if is_float else np.uint64),
+            partial=np.zeros(pixels, twice),
+            counters=np.zeros(17 * words, np.uint64),
+            used=np.zeros(2, np.int64),
+            most=np.array([1 << 8 * dtype.itemsize, 1 << 8], np.int64),
+            carry=np.zeros(words, np.uint64),
+            columns=np.zeros(width, twice),
+        )
+
+
+class _Planes(NamedTuple):
+    """Scratch space for a frame's bytes as they come out of LZ4."""
+
+    data: np.ndarray
+    """uint8 (bytes of a frame and at least 16 more,)"""
+    words: np.ndarray
+    """the same memory as uint64"""
+    ends: np.ndarray
+    """int64: for each block, where the zeros begin with which it ends; they have not been written"""
+    ones: np.ndarray
+    """int64 (planes,): how many bits of each plane of a block are set"""
+
+    @classmethod
+    def of(cls, nbytes: int, itemsize: int) -> _Planes:
+        words = np.zeros(nbytes // 8 + 3, np.uint64)
+        ends = np.zeros(nbytes // (8 * itemsize) + 1, np.int64)
+        return cls(words.view(np.uint8), words, ends, np.zeros(8 * itemsize, np.int64))
 
 
 class _Worker:
-    """The scratch space of one decoding thread."""
+    """One decoding thread's accumulators and scratch space. Whoever touches them holds ``lock``."""
 
     def __init__(self, pixels: int, width: int, dtype: np.dtype) -> None:
-        wide = np.dtype("f8") if dtype.kind == "f" else np.dtype("u4") if dtype.itemsize < 4 else np.dtype("u8")
-        self.scratch = (np.zeros(pixels, dtype), np.zeros(pixels, dtype), np.zeros(pixels * dtype.itemsize, np.uint8))
-        self.pattern = np.zeros(pixels, wide)
-        self.column_sums = np.zeros(width, wide)
+        self.scratch = (
+            np.zeros(pixels, dtype),
+            np.zeros(pixels, dtype),
+            _Planes.of(pixels * dtype.itemsize, dtype.itemsize),
+        )
+        self.mean = _Mean.of(pixels, width, dtype)
         self.frames = 0
+        self.lock = threading.Lock()
 
 
 class FrameDecoder:
@@ -47,7 +178,9 @@ class FrameDecoder:
     ``detector_shape`` (rows, columns), ``dtype`` u1/u2/u4/f4, ``bf_pixels`` int64 (K,) ascending flat indices, ``good``
     bool ``detector_shape`` (False = masked: counts as 0 everywhere). ``threads`` workers share each block. With
     ``maximum_is_masked`` pixels of the largest value that ``dtype`` has count as 0 too, frame by frame; f4 has none.
-    ``moments``, ``pattern``: whether first moments and the mean pattern are wanted.
+
+    Without ``moments`` the first moments are left 0, without ``pattern`` the mean pattern is: what is not wanted costs
+    no time. Total and bright field are always there.
     """
 
     def __init__(
@@ -64,22 +197,17 @@ class FrameDecoder:
         pattern: bool = True,
     ) -> None:
         pixels = detector_shape[0] * detector_shape[1]
-        bad = np.flatnonzero(~good.ravel())
-        bf_slot = np.full(pixels, -1, np.int32)
-        bf_slot[bf_pixels] = np.arange(len(bf_pixels))
-        bf_slot[bad] = -2
         self.detector_shape = detector_shape
         self.dtype = dtype
         self.sums_dtype = np.dtype("f8") if dtype.kind == "f" else np.dtype("i8")
-        is_float = dtype.kind == "f"
-        masked = np.array([np.iinfo(dtype).max] if maximum_is_masked and not is_float else [], dtype)
-        self._plan = (bf_pixels.astype(np.int64), bf_slot, bad.astype(np.int64), detector_shape[1], masked, is_float)
+        self._plan = _Plan.of(detector_shape, dtype, bf_pixels, good, maximum_is_masked, moments, pattern)
         self._workers = [_Worker(pixels, detector_shape[1], dtype) for _ in range(threads)]
         self._executor = executor
-        self._pattern = np.zeros(pixels, np.float64 if dtype.kind == "f" else np.uint64)
-        self._pattern_lock = threading.Lock()
-        self.frames = 0
-        self._wants_pattern = pattern
+
+    @property
+    def frames(self) -> int:
+        """Sound frames so far: those of the mean pattern."""
+        return sum(worker.frames for worker in self._workers)
 
     def decode(self, block: FrameBlock, targets: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """Decode each frame of ``block`` into ``rows[target]`` (positions, K) and ``sums[target]`` (positions, 4).
@@ -103,10 +231,6 @@ class FrameDecoder:
                 jobs.append(self._executor.submit(self._share, *args))
         for job in jobs:
             job.result()
-        self.frames += int(np.count_nonzero(status == OK))
-        for worker in self._workers:
-            if worker.frames >= _FLUSH_FRAMES // 2:
-                self._flush(worker)
         return status
 
     def _share(
@@ -121,43 +245,37 @@ class FrameDecoder:
     ) -> None:
         minus = block if block.minus is None else block.minus
         minus_part = slice(0, 0) if block.minus is None else part
-        decode_frames(
-            (block.slab, block.offsets[part], block.sizes[part], int(block.encoding)),
-            (minus.slab, minus.offsets[minus_part], minus.sizes[minus_part], int(minus.encoding)),
-            targets[part],
-            self._plan,
-            worker.scratch,
-            worker.pattern,
-            worker.column_sums,
-            rows,
-            sums,
-            status[part],
-        )
-        worker.frames += part.stop - part.start
-
-    def _flush(self, worker: _Worker) -> None:
-        with self._pattern_lock:
-            self._pattern += worker.pattern.astype(self._pattern.dtype)
-            worker.pattern[:] = 0
-            worker.frames = 0
+        with worker.lock:
+            decode_frames(
+                (block.slab, block.offsets[part], block.sizes[part], int(block.encoding)),
+                (minus.slab, minus.offsets[minus_part], minus.sizes[minus_part], int(minus.encoding)),
+                targets[part],
+                self._plan,
+                worker.scratch,
+                worker.mean,
+                rows,
+                sums,
+                status[part],
+            )
+            worker.frames += int(np.count_nonzero(status[part] == OK))
 
     def forget(self) -> None:
         """Begin the mean pattern anew."""
-        with self._pattern_lock:
-            for worker in self._workers:
-                worker.pattern[:] = 0
-            self._pattern[:] = 0
-            self.frames = 0
+        for worker in self._workers:
+            with worker.lock:
+                flush_pattern(worker.mean)
+                worker.mean.pattern[:] = 0
+                worker.frames = 0
 
     def mean_pattern(self) -> np.ndarray:
         """Mean of all sound frames so far, float64 ``detector_shape`` [counts/frame]; zeros before the first.
 
-        Taken while another thread decodes, it may miss the frames being added at that moment.
+        Taken while another thread decodes, it waits for the block being decoded.
         """
-        if not self._wants_pattern:
-            return np.zeros(self.detector_shape)
-        with self._pattern_lock:
-            total = self._pattern.astype(np.float64)
-            for worker in self._workers:
-                total += worker.pattern
-        return (total / max(1, self.frames)).reshape(self.detector_shape)
+        total, frames = np.zeros(self.detector_shape), 0
+        for worker in self._workers:
+            with worker.lock:
+                flush_pattern(worker.mean)
+                total += worker.mean.pattern.reshape(self.detector_shape)
+                frames += worker.frames
+        return total / max(1, frames)

@@ -12,6 +12,7 @@ from typing import Any
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from detectors.codec import bitshuffle_library
@@ -29,14 +30,25 @@ untranspose_bits = types.ExternalFunction(
 
 
 @intrinsic
-def address(typingctx: Any, array: Any, offset: Any) -> Any:
-    """The address of a byte of a uint8 array, as a C pointer."""
+def address(typingctx: Any, array: Any, index: Any) -> Any:
+    """The address of an element of a contiguous array, as a C pointer."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
         return builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
 
     return types.voidptr(array, types.int64), codegen
+
+
+@intrinsic
+def copy_bytes(typingctx: Any, to: Any, source: Any, count: Any) -> Any:
+    """C's memcpy: a slice's assignment goes byte by byte."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        cgutils.raw_memcpy(builder, args[0], args[1], args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.voidptr, types.voidptr, types.int64), codegen
 
 
 @intrinsic
@@ -63,3 +75,59 @@ def swap_bytes(typingctx: Any, word: Any) -> Any:
         return builder.bswap(args[0])
 
     return word(word), codegen
+
+
+@intrinsic
+def byte_at(typingctx: Any, array: Any, offset: Any) -> Any:
+    """A byte of a uint8 array, as int64. Nothing is checked, and no offset counts from the end."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.zext(builder.load(builder.gep(data, [args[1]])), ir.IntType(64))
+
+    return types.int64(array, types.int64), codegen
+
+
+@intrinsic
+def word_at(typingctx: Any, array: Any, offset: Any) -> Any:
+    """Eight bytes of a uint8 array as uint64, the first byte lowest on a little-endian machine; nothing is checked."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        word = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(64).as_pointer())
+        return builder.load(word, align=1)
+
+    return types.uint64(array, types.int64), codegen
+
+
+def _copy_exactly(size: int) -> Any:
+    @intrinsic
+    def copy(typingctx: Any, to: Any, to_offset: Any, source: Any, source_offset: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = ir.VectorType(ir.IntType(8), size).as_pointer()
+            to_data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            source_data = context.make_array(signature.args[2])(context, builder, args[2]).data
+            value = builder.load(builder.bitcast(builder.gep(source_data, [args[3]]), pointer), align=1)
+            builder.store(value, builder.bitcast(builder.gep(to_data, [args[1]]), pointer), align=1)
+            return context.get_dummy_value()
+
+        return types.void(to, types.int64, source, types.int64), codegen
+
+    return copy
+
+
+#: Copy 8 or 16 bytes of a uint8 array (its offset) to another or the same (offset), all of them read before any is
+#: written; nothing is checked.
+copy_8, copy_16 = _copy_exactly(8), _copy_exactly(16)
+
+
+@intrinsic
+def clear_bytes(typingctx: Any, array: Any, offset: Any, count: Any) -> Any:
+    """C's memset of a uint8 array to 0, from an offset."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        cgutils.memset(builder, builder.gep(data, [args[1]]), args[2], 0)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64), codegen

@@ -418,22 +418,6 @@ def test_an_empty_block(executor: ThreadPoolExecutor) -> None:
     assert len(status) == 0
 
 
-def test_the_mean_pattern_outlasts_its_narrow_accumulators(
-    executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counts are added in 32 bits and moved on before they can overflow."""
-    monkeypatch.setattr("stream.decode._FLUSH_FRAMES", 8)
-    frames = frames_of((3, 5), "<u2", "full", 6)
-    fast, bright, good = decoder(executor, (3, 5), "<u2")
-    fast._workers[0].pattern[:] = 0
-    rows = Rows(6, len(bright), fast)
-    block = payload_block([encode(frame, Encoding.RAW) for frame in frames], range(6), Encoding.RAW)
-    for _ in range(5):
-        assert not fast.decode(block, GUARD + np.arange(6), rows.block, rows.sums).any()
-        assert fast._workers[0].frames < 8
-    np.testing.assert_allclose(fast.mean_pattern(), np.where(good, 65535.0, 0))
-
-
 def test_masked_pixels_that_are_not_numbers(executor: ThreadPoolExecutor) -> None:
     """A detector may mark dead pixels with NaN; masked, they do no harm."""
     frames = frames_of((8, 8), "<f4", "dense", 1)
