@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from types import ModuleType
 
 import numpy as np
 
@@ -76,6 +77,11 @@ class FrameDecoder:
         self._pattern = np.zeros(pixels, np.float64 if dtype.kind == "f" else np.uint64)
         self._pattern_lock = threading.Lock()
         self.frames = 0
+        self.xp: ModuleType = np
+        """the array module that ``rows`` are to be of"""
+
+    def rows_taken(self) -> None:
+        """``rows`` as they are now were read by what this thread has begun: decoders on a device wait for that."""
 
     def decode(self, block: FrameBlock, targets: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """Decode each frame of ``block`` into ``rows[target]`` (positions, K) and ``sums[target]`` (positions, 4).
