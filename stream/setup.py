@@ -9,7 +9,7 @@ import numpy as np
 
 from detectors.errors import DoesNotFit
 from stream.accumulator import contracted_bytes
-from stream.array import Device, host_free_bytes
+from stream.array import Device
 from stream.geometry import DetectorGeometry
 from stream.kernels import KernelTable, Method, Passband, is_real_kernel, make_kernels, table_bytes
 from stream.optics import Probe
@@ -19,7 +19,7 @@ from stream.scan import ScanPattern
 #: Rows contracted in one go when they are there: the matrix products gain little beyond.
 BATCH_ROWS = 16
 
-#: Open rows take at most about this much host memory (and never fewer rows than two batches).
+#: Open rows take at most about this much memory (and never fewer rows than two batches).
 _OPEN_ROWS_BYTES = 256 << 20
 
 
@@ -94,24 +94,17 @@ class MemoryPlan:
         return self.device_bytes + self.open_rows
 
     def check(self, device: Device, held: MemoryPlan | None = None) -> None:
-        """Raise ``DoesNotFit`` with advice when the device or the host has too little free memory.
+        """Raise ``DoesNotFit`` with advice when the device has too little free memory: open rows are held there too.
 
         ``held``: the plan whose memory is in use already and will be used again.
         """
-        wanted = {device.name: self.device_bytes}
-        free = {device.name: device.free_bytes() + (0 if held is None else held.device_bytes)}
-        if device.is_gpu:
-            wanted["host"], free["host"] = self.open_rows, host_free_bytes() + (0 if held is None else held.open_rows)
-        else:
-            wanted[device.name] += self.open_rows
-            free[device.name] += 0 if held is None else held.open_rows
-        for name, need in wanted.items():
-            if need > 0.9 * free[name]:
-                raise DoesNotFit(
-                    f"this reconstruction needs {need / 1e9:.2f} GB on the {name} ({self}), and "
-                    f"{free[name] / 1e9:.2f} GB are free: use a smaller scan, a smaller semiangle_mrad (fewer "
-                    "bright-field pixels), detector binning, or a device with more memory"
-                )
+        free = device.free_bytes() + (0 if held is None else held.total)
+        if self.total > 0.9 * free:
+            raise DoesNotFit(
+                f"this reconstruction needs {self.total / 1e9:.2f} GB on the {device.name} ({self}), and "
+                f"{free / 1e9:.2f} GB are free: use a smaller scan, a smaller semiangle_mrad (fewer "
+                "bright-field pixels), detector binning, or a device with more memory"
+            )
 
     def __str__(self) -> str:
         parts = {

@@ -25,8 +25,10 @@ from stream.decode import FrameDecoder
 from stream.gpu import decode as gpu_decode
 from stream.gpu.decode import GpuFrameDecoder, PinnedFrameDecoder, make_decoder
 from stream.gpu.runtime import KERNELS
+from stream.kernels import METHODS
+from stream.snapshot import IMAGE_UNITS
 from tests import gpu_fuzz
-from tests.data_helpers import payload_block
+from tests.data_helpers import Case, feed, payload_block, running
 from tests.gpu_host import SHIM, HostRuntime, HostStream, Kernels, build, signatures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -431,6 +433,30 @@ def test_a_device_that_fails_is_not_used(
     assert not decoder.mean_pattern().any()
 
 
+# in the engine
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_the_same_image_as_with_the_cpu(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, seed: int | None) -> None:
+    case = Case(scan=(9, 11), masked=[(3, 4), (7, 7)], aberrations={"C10": 40.0})
+    runtime = HostRuntime(kernels, seed)
+    options = {"encoding": Encoding.BSLZ4, "damaged": [5]}
+    held = np.arange(case.positions) % 11 != 3
+    with running(case.setup(passes=2)) as cpu:
+        monkeypatch.setattr("stream.engine.make_decoder", functools.partial(make_decoder, runtime=runtime))
+        with running(case.setup(passes=2)) as gpu:
+            for engine in (cpu, gpu):
+                feed(engine, case.counts(0), **options)
+                feed(engine, case.counts(1), case.positions + np.flatnonzero(held), **options)
+                engine.finish()
+            assert "gather_u2" in runtime.launches
+            np.testing.assert_array_equal(gpu.object(), cpu.object())
+            ours, theirs = gpu.images(IMAGE_UNITS), cpu.images(IMAGE_UNITS)
+            for name in IMAGE_UNITS:
+                np.testing.assert_array_equal(ours[name], theirs[name])
+            assert gpu.counters == cpu.counters
+
+
 # on a device
 
 
@@ -474,3 +500,22 @@ def test_device_refuses_hostile_blocks() -> None:
     sound = [(gpu_fuzz.sound_block(rng, wanted), wanted) for wanted in (13, 64, 1000, 8192) for _ in range(10)]
     assert gpu_fuzz.check_lz4(kernels, sound) == len(sound)
     gpu_fuzz.check_lz4(kernels, [(gpu_fuzz.damaged(rng, block), wanted) for block, wanted in sound for _ in range(10)])
+
+
+@pytest.mark.gpu
+def test_a_device_is_used_without_a_warning_and_gives_the_same_image(caplog: pytest.LogCaptureFixture) -> None:
+    case = Case(scan=(33, 64), masked=[(3, 4)], aberrations={"C10": 40.0})
+    with (
+        running(case.setup(passes=1)) as cpu,
+        running(case.setup(passes=1), device=choose_device("gpu")) as gpu,
+    ):
+        assert isinstance(gpu._decoder, GpuFrameDecoder)
+        for engine in (cpu, gpu):
+            feed(engine, case.counts(), encoding=Encoding.BSLZ4, size=500, damaged=[7])
+            engine.change(Case(aberrations={"C10": 20.0}).probe, METHODS["ssb"])
+            engine.finish()
+        ours, theirs = gpu.images(IMAGE_UNITS), cpu.images(IMAGE_UNITS)
+        for name in IMAGE_UNITS:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+        assert gpu.counters == cpu.counters
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
