@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import gpu as gpu_benchmark
 from detectors.codec import bitshuffle_library, encode
 from detectors.messages import Encoding, FrameBlock
 from stream.array import choose_device
@@ -455,6 +456,20 @@ def test_the_same_image_as_with_the_cpu(kernels: Kernels, monkeypatch: pytest.Mo
             for name in IMAGE_UNITS:
                 np.testing.assert_array_equal(ours[name], theirs[name])
             assert gpu.counters == cpu.counters
+
+
+def test_the_benchmark_measures_both_decoders(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "stream.engine.make_decoder", functools.partial(make_decoder, runtime=HostRuntime(kernels, None))
+    )
+    section = gpu_benchmark.measured(choose_device("cpu"), scan=8, scans=(8,), passes=1)
+    assert section.count("| GPU |") == section.count("| CPU, pinned |") == 2
+    assert section.count("| 8x8 |") == 2
+
+
+def test_the_benchmark_says_that_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert gpu_benchmark.run(quick=True) == "no CUDA device: not measured"
 
 
 # on a device
