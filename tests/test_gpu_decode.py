@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 
 from benchmarks import gpu as gpu_benchmark
 from detectors.codec import bitshuffle_library, encode
+from detectors.errors import ConfigurationError
 from detectors.messages import Encoding, FrameBlock
 from stream.array import choose_device
 from stream.decode import FrameDecoder
@@ -432,6 +434,21 @@ def test_a_device_that_fails_is_not_used(
     assert "decoded on the CPU" in warning.getMessage()
     assert decoder.frames == 0
     assert not decoder.mean_pattern().any()
+
+
+def test_a_gpu_without_its_libraries_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver answers, and the first kernel cannot be compiled."""
+
+    def ones(*_: object) -> None:
+        raise RuntimeError("CuPy failed to load\n  libnvrtc.so.12")
+
+    runtime = SimpleNamespace(getDeviceProperties=lambda _: {"name": b"toy"})
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(id=0))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, ones=ones))
+    monkeypatch.setitem(sys.modules, "cupyx.scipy.fft", SimpleNamespace())
+    assert not choose_device("auto").is_gpu
+    with pytest.raises(ConfigurationError, match=r"RuntimeError: CuPy failed to load libnvrtc.so.12.*--device cpu"):
+        choose_device("gpu")
 
 
 # in the engine
