@@ -42,11 +42,11 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 # At most ten minutes on two idle cores; the table and the plot are kept in benchmarks/results.
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev bench-peers
 	$(BIN)/python -m benchmarks
 
 # Every case, scans up to 2048x2048, an hour of continuous scanning.
-bench-long: $(VENV)/.dev
+bench-long: $(VENV)/.dev bench-peers
 	$(BIN)/python -m benchmarks --long
 
 tutorial: $(VENV)/.dev

@@ -30,7 +30,8 @@ SECTIONS = {
     "rates": 45,
     "recording": 25,
     "latency": 20,
-    "endurance": 65,
+    "endurance": 64,
+    "gpu": 1,
     "peers": 150,
 }
 RESULTS = Path(__file__).parent / "results"

@@ -94,7 +94,12 @@ def _gpu() -> Device:
         raise _NoGpu("CuPy is not installed (pip install 'liveptycho[cuda12]' or [cuda13])") from None
     try:
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    except Exception as error:  # CuPy raises CUDA's own error types, and ImportError for missing driver libraries
-        raise _NoGpu(f"CUDA does not answer ({error})") from error
+        fft = importlib.import_module("cupyx.scipy.fft")
+        # Compiler, BLAS and FFT are libraries of their own: any may be missing where the driver answers.
+        ones = cupy.ones((2, 2), np.float32)
+        float(fft.rfft(ones @ ones, axis=1).real.sum())
+    except Exception as error:  # CuPy raises CUDA's own error types, and ImportError for missing libraries
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise _NoGpu(f"CuPy is installed, but CUDA does not work ({reason})") from error
     name = properties["name"]
-    return Device(cupy, importlib.import_module("cupyx.scipy.fft"), name.decode() if isinstance(name, bytes) else name)
+    return Device(cupy, fft, name.decode() if isinstance(name, bytes) else name)

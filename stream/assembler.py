@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +37,7 @@ def groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RowAssembler:
-    """``slots`` open rows of ``columns`` positions with ``pixels`` bright-field pixels each, on the host.
+    """``slots`` open rows of ``columns`` positions with ``pixels`` bright-field pixels each, in arrays of ``xp``.
 
     ``in_order``: rows are scanned in ascending order, so that a full row says that older ones will not be completed.
     ``scanned``: bool ``scan_shape``, the positions that frames can come for (by default all).
@@ -51,9 +53,10 @@ class RowAssembler:
         slots: int,
         in_order: bool,
         scanned: np.ndarray | None = None,
+        xp: ModuleType = np,
     ) -> None:
         self.scan_shape = scan_shape
-        self.pixels = np.empty((slots, scan_shape[1], pixels), dtype)
+        self.pixels: Any = xp.empty((slots, scan_shape[1], pixels), dtype)
         self.sums = np.empty((slots, scan_shape[1], 4), sums_dtype)
         self.received = np.zeros((slots, scan_shape[1]), bool)
         self.closed: deque[ClosedRow] = deque()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -203,11 +204,16 @@ class FrameDecoder:
         self._plan = _Plan.of(detector_shape, dtype, bf_pixels, good, maximum_is_masked, moments, pattern)
         self._workers = [_Worker(pixels, detector_shape[1], dtype) for _ in range(threads)]
         self._executor = executor
+        self.xp: ModuleType = np
+        """the array module that ``rows`` are to be of"""
 
     @property
     def frames(self) -> int:
         """Sound frames so far: those of the mean pattern."""
         return sum(worker.frames for worker in self._workers)
+
+    def rows_taken(self) -> None:
+        """``rows`` as they are now were read by what this thread has begun: decoders on a device wait for that."""
 
     def decode(self, block: FrameBlock, targets: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """Decode each frame of ``block`` into ``rows[target]`` (positions, K) and ``sums[target]`` (positions, 4).

@@ -20,7 +20,7 @@ from detectors.messages import FrameBlock
 from stream.accumulator import Accumulator
 from stream.array import Device
 from stream.assembler import ClosedRow, RowAssembler, groups
-from stream.decode import FrameDecoder
+from stream.gpu.decode import make_decoder
 from stream.kernels import KernelTable, Method, RunTable
 from stream.optics import Probe
 from stream.ring import RowRing
@@ -68,7 +68,8 @@ class Engine:
         self._executor = ThreadPoolExecutor(2 * self._threads + 1, thread_name_prefix="engine")
         geometry, shape = setup.geometry, setup.scan.shape
         pixels = len(geometry.bf_pixels)
-        self._decoder = FrameDecoder(
+        self._decoder = make_decoder(
+            device,
             geometry.shape,
             setup.dtype,
             geometry.bf_pixels,
@@ -87,7 +88,9 @@ class Engine:
             open_rows(setup),
             in_order=setup.scan.positions is None,
             scanned=setup.scan.scanned_in(0) if setup.passes == 1 else setup.scan.scanned,
+            xp=self._decoder.xp,
         )
+        self._decoder.rows_taken()
         self._timing = RowTiming(setup.scan) if setup.scan.rows_by_time else None
         self._rows_lock = threading.Lock()
         self._compute_lock = threading.RLock()
@@ -293,6 +296,7 @@ class Engine:
                 current.remove(rows)
             for item in batch:
                 self._commit(item)
+            self._decoder.rows_taken()
             # Without an accumulator, kernels are being made, and whoever does it adds the rows; or there is no phase.
             if self._accumulator is not None:
                 self._accumulator.add(rows)

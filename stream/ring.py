@@ -51,12 +51,11 @@ class RowRing:
         """bool (scan rows,): which rows hold anything."""
         return self.pass_of_row >= 0
 
-    def commit(self, row: int, pass_: int, counts: np.ndarray, received: np.ndarray) -> None:
-        """Take a row over, or its late rest: ``counts`` (columns, K) on the host, ``received`` bool (columns,)."""
-        slot = self._counts[row]
+    def commit(self, row: int, pass_: int, counts: Any, received: np.ndarray) -> None:
+        """Take a row over, or its late rest: ``counts`` (columns, K), ``received`` bool (columns,) on the host."""
+        slot, new = self._counts[row], self._device.xp.asarray(counts)
         fresh = self.pass_of_row[row] < 0 or (pass_ != self.pass_of_row[row] and not self.averaging)
         if received.all():
-            new: Any = self._device.xp.asarray(counts)
             if fresh or not self.averaging:
                 slot[...] = new
             else:
@@ -66,9 +65,11 @@ class RowRing:
             xp = self._device.xp
             columns = np.flatnonzero(received)
             first = fresh | (self.frames[row, columns] == 0)
-            slot[xp.asarray(columns[first])] = xp.asarray(counts[columns[first]])
+            chosen = xp.asarray(columns[first])
+            slot[chosen] = new[chosen]
             if not first.all():
-                slot[xp.asarray(columns[~first])] += xp.asarray(counts[columns[~first]])
+                chosen = xp.asarray(columns[~first])
+                slot[chosen] += new[chosen]
         self.frames[row] = received if fresh else self.frames[row] + received
         self.pass_of_row[row] = max(pass_, self.pass_of_row[row])
 

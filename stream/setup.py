@@ -10,7 +10,7 @@ import numpy as np
 
 from detectors.errors import DoesNotFit
 from stream.accumulator import contracted_bytes
-from stream.array import Device, choose_device, host_free_bytes
+from stream.array import Device, choose_device
 from stream.geometry import DetectorGeometry
 from stream.kernels import (
     KernelTable,
@@ -31,7 +31,7 @@ from stream.snapshot import IMAGE_CHANNELS, IMAGE_UNITS, channels_without
 #: Rows contracted in one go when they are there: the lanes of the compiled contraction.
 BATCH_ROWS = 16
 
-#: Open rows take at most about this much host memory (and never fewer rows than two batches).
+#: Open rows take at most about this much memory (and never fewer rows than two batches).
 _OPEN_ROWS_BYTES = 256 << 20
 
 
@@ -141,24 +141,17 @@ class MemoryPlan:
         return self.device_bytes + self.open_rows
 
     def check(self, device: Device, held: MemoryPlan | None = None) -> None:
-        """Raise ``DoesNotFit`` with advice when the device or the host has too little free memory.
+        """Raise ``DoesNotFit`` with advice when the device has too little free memory: open rows are held there too.
 
         ``held``: the plan whose memory is in use already and will be used again.
         """
-        wanted = {device.name: self.device_bytes}
-        free = {device.name: device.free_bytes() + (0 if held is None else held.device_bytes)}
-        if device.is_gpu:
-            wanted["host"], free["host"] = self.open_rows, host_free_bytes() + (0 if held is None else held.open_rows)
-        else:
-            wanted[device.name] += self.open_rows
-            free[device.name] += 0 if held is None else held.open_rows
-        for name, need in wanted.items():
-            if need > 0.9 * free[name]:
-                raise DoesNotFit(
-                    f"this reconstruction needs {need / 1e9:.2f} GB on the {name} ({self}), and "
-                    f"{free[name] / 1e9:.2f} GB are free: use a smaller scan, a smaller semiangle_mrad (fewer "
-                    "bright-field pixels), detector binning, or a device with more memory"
-                )
+        free = device.free_bytes() + (0 if held is None else held.total)
+        if self.total > 0.9 * free:
+            raise DoesNotFit(
+                f"this reconstruction needs {self.total / 1e9:.2f} GB on the {device.name} ({self}), and "
+                f"{free / 1e9:.2f} GB are free: use a smaller scan, a smaller semiangle_mrad (fewer "
+                "bright-field pixels), detector binning, or a device with more memory"
+            )
 
     def __str__(self) -> str:
         parts = {

@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks import data
 from benchmarks.peers.processes import ENVIRONMENTS, PeerFailed, ask, problem_with, running
 from benchmarks.peers.streams import save_v1_stream
+from benchmarks.report import Section
 from stream.optics import electron_wavelength
 
 #: scan side, detector side
@@ -209,9 +210,10 @@ def own_objects(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
     return stored, stored, "nothing to undo: the offline result is compared with"
 
 
-def run(quick: bool, long: bool = False) -> str:
+def run(quick: bool, long: bool = False) -> Section:
     """The section of the report; ``long`` with the 256x256 scans, which take a quarter of an hour."""
-    return section(figures(quick, long))
+    measured = figures(quick, long)
+    return Section(section(measured), {"peers": measured})
 
 
 def section(measured: list[Figures]) -> str:

@@ -14,4 +14,4 @@ if __name__ == "__main__":
         "--long", action="store_true", help="the 256x256 scans too: a quarter of an hour, 10 GB of memory"
     )
     options = parser.parse_args()
-    print(run(options.quick, options.long))
+    print(run(options.quick, options.long).text)
