@@ -218,9 +218,11 @@ class StreamDecoder(Protocol):
 
         **Damage.** Malformed input never raises: it is an ``Undecodable``, and the messages behind it are read.
 
-        **Memory.** A decoder may keep state from batch to batch, of bounded size, as copies. Once the messages have
-        been handled, at the latest with the next ``feed``, the batch's slab is filled anew: of what is returned, only
-        ``FrameBlock.slab`` may point into it, and whoever keeps a block for longer has to ``compact`` it.
+        **Memory.** A decoder may keep state from batch to batch, of bounded size, as copies. The next batch may be fed
+        while the messages of this one are being handled. After that the batch's slab is filled anew: of what is
+        returned, only ``FrameBlock.slab`` may point into it, and whoever keeps a block longer has to ``compact`` it.
+
+        **Threads.** ``feed`` may be called in any thread, one call at a time.
         """
         ...
 

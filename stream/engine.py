@@ -101,6 +101,7 @@ class Engine:
         self._coming: Accumulator | None = None
         """the accumulator that is catching up with the ring: of the first kernels, or of changed optics"""
         self._first_kernels: Future[None] | None = None
+        self._closing = False
         self._changing = threading.Lock()
         self._last_view: View | None = None
         self._sums = np.zeros((*shape, 4), np.float64)
@@ -118,8 +119,18 @@ class Engine:
         """why the last undecodable frame was one"""
         if "phase" in setup.channels:
             self._first_kernels = self._executor.submit(self._contract_anew, setup, plan)
+            if not device.is_gpu:
+                self._executor.submit(self._touch_rows)
             if not in_background:
                 self.wait_until_ready()
+
+    def _touch_rows(self) -> None:
+        """Let rows to come find their memory cleared: at full speed that took 4 % of the time of a first pass."""
+        for row in range(self.setup.scan.shape[0]):
+            if self._closing:
+                return
+            with self._compute_lock:
+                self._ring.touch(row)
 
     def wait_until_ready(self) -> None:
         """Wait for kernels that are being made in the background. Raises ``DoesNotFit`` when that has failed."""
@@ -131,6 +142,7 @@ class Engine:
 
     def close(self) -> None:
         """End the engine's threads. Images can still be taken."""
+        self._closing = True
         self._executor.shutdown(wait=True)
 
     def _make_accumulator(self, kernels: KernelTable | RunTable) -> Accumulator:

@@ -247,6 +247,11 @@ class Reconstruction:
         else:
             self._unread.append((frames, reason))
 
+    @property
+    def closed_rows(self) -> int:
+        """Rows that wait for ``accumulate``."""
+        return 0 if self.engine is None else self.engine.closed_rows
+
     def accumulate(self) -> int:
         """Let closed rows into the image: see ``Engine.accumulate``."""
         return 0 if self.engine is None else self.engine.accumulate()

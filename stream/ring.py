@@ -51,6 +51,11 @@ class RowRing:
         """bool (scan rows,): which rows hold anything."""
         return self.pass_of_row >= 0
 
+    def touch(self, row: int) -> None:
+        """Let the system hand out the memory of a row that holds nothing yet: it clears it first, which takes time."""
+        if self.pass_of_row[row] < 0:
+            self._counts[row] = 0
+
     def commit(self, row: int, pass_: int, counts: Any, received: np.ndarray) -> None:
         """Take a row over, or its late rest: ``counts`` (columns, K), ``received`` bool (columns,) on the host."""
         slot, new = self._counts[row], self._device.xp.asarray(counts)

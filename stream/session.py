@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -37,14 +38,20 @@ from stream.reconstruction import CHANGEABLE, Reconstruction
 from stream.report import fill_snapshot
 from stream.result import Result
 from stream.session_options import SessionOptions, check_files, check_trigger
+from stream.setup import BATCH_ROWS
 from stream.snapshot import Snapshot
 from stream.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
-#: Snapshots are at least this far apart [s], and never take more than about a quarter of a core.
+#: Snapshots are at least this far apart [s], and never take more than about a quarter of a core ...
 _FASTEST_S = 1 / 60
-_SNAPSHOT_SHARE = 0.25
+_SHARE = 0.25
+#: ... or, where most of the machine is busy with the frames, this much, as these go first.
+_BUSY_SHARE = 0.08
+_BUSY_LOAD = 0.7
+#: Letting in few rows for a snapshot takes a thread no more than this much of its time: many at a time cost less.
+_ROWS_SHARE = 0.25
 #: What is not in the images (state, counters, rates) is shown after so long [s], without waiting for a row.
 _STATUS_S = 0.1
 #: ... and at most so far apart [s]: a viewer takes a longer silence for the session's end.
@@ -81,8 +88,8 @@ class Session:
         self._stop = asyncio.Event()
         self._snapshot = Snapshot(self._id, 0, time.time(), self._acquisition.state, self._acquisition.message)
         self._fresh = asyncio.Condition()
-        self._shown = asyncio.Event()
-        """rows were let into the image since the last snapshot"""
+        self._news = asyncio.Event()
+        """there are rows that no snapshot has shown yet"""
         self._over = False
         self._scan: ActiveScan | None = None
         self._probed = False
@@ -318,31 +325,43 @@ class Session:
             acquisition.set_state(acquisition.state, f"{acquisition.message}; {sentence}".removeprefix("; "))
 
     async def _compute(self) -> None:
-        """Let closed rows into the image as they come."""
+        """Let closed rows into the image, as many at a time as cost no more than one; the rest before it is shown."""
         acquisition = self._acquisition
         while True:
             await acquisition.rows.wait()
             acquisition.rows.clear()
-            while (run := acquisition.run) is not None and (await in_threads(run.accumulate))[0] > 0:
-                acquisition.changed = True
-                self._shown.set()
+            while (run := acquisition.run) is not None and run.closed_rows >= BATCH_ROWS:
+                await in_threads(run.accumulate)
+                self._news.set()
+            if run is not None and run.closed_rows:
+                self._news.set()
 
     # snapshots
 
     async def _publish(self) -> None:
-        """Snapshots as soon as rows are in the image, while anything else changes, and once a second in any case."""
+        """Snapshots as soon as there are rows to show, while anything else changes, and once a second in any case."""
         last = 0.0
+        load = _Load()
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_STATUS_S):
-                    await self._shown.wait()
-            self._shown.clear()
+                    await self._news.wait()
+            self._news.clear()
             started = time.monotonic()
             if self._acquisition.changed or started - last >= _SLOWEST_S:
                 last = started
-                cost_s = await self._emit()
-                pause = min(max(_FASTEST_S, cost_s / _SNAPSHOT_SHARE), _SLOWEST_S)
+                (rows_s,) = await in_threads(self._let_in_rows)
+                images_s = await self._emit()
+                share = _BUSY_SHARE if load.busy() else _SHARE
+                pause = min(max(_FASTEST_S, rows_s / _ROWS_SHARE, images_s / share), _SLOWEST_S)
                 await asyncio.sleep(started + pause - time.monotonic())
+
+    def _let_in_rows(self) -> float:
+        """Whatever rows are closed get into the image; returns what that cost this thread [s of CPU]."""
+        began = time.thread_time()
+        while (run := self._acquisition.run) is not None and run.accumulate():
+            self._acquisition.changed = True
+        return time.thread_time() - began
 
     async def _emit(self) -> float:
         """Make and publish a snapshot; returns its cost in CPU seconds (on busy cores, wall time is mostly waiting)."""
@@ -413,6 +432,20 @@ class Session:
             return {}
         await self.change(**_changes(command, request))
         return {}
+
+
+class _Load:
+    """How much of the cores this process has taken since it was last asked."""
+
+    def __init__(self) -> None:
+        self._cores = len(os.sched_getaffinity(0))
+        self._seen = time.monotonic(), time.process_time()
+
+    def busy(self) -> bool:
+        """Whether it was most of them."""
+        (before, cpu_before), self._seen = self._seen, (time.monotonic(), time.process_time())
+        now, cpu = self._seen
+        return cpu - cpu_before > _BUSY_LOAD * self._cores * (now - before)
 
 
 def _changes(command: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -159,14 +159,17 @@ class Receiver(abc.ABC):
         await asyncio.gather(*self._readers, return_exceptions=True)
         self._close()
 
-    async def get(self, timeout_s: float | None = None) -> Lease | None:
+    async def get(self, timeout_s: float | None = None, *, full: bool = False) -> Lease | None:
         """The next batch, at once if one is there; None when nothing came for ``timeout_s`` seconds.
 
-        Leases are to be released before long: with two or more held, others may not be to be had.
+        With ``full``, only a batch that cannot grow any more by being left. Leases are to be released before long: with
+        two or more held, others may not be to be had.
         """
         deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         while True:
             for channel in self._channels[self._next :] + self._channels[: self._next]:
+                if full and (channel.slab is None or not channel.slab.full):
+                    continue
                 if (slab := channel.hand_over(self._free)) is not None:
                     self._next = (channel.index + 1) % len(self._channels)
                     # A free slab lets the reader go on while this batch is being worked on.
