@@ -106,6 +106,8 @@ class Engine:
         self._last_view: View | None = None
         self._sums = np.zeros((*shape, 4), np.float64)
         self._missing_of_row = np.zeros(shape[0], np.int64)
+        self._row_intensity = np.zeros(shape[0], np.float64)
+        """mean counts of a frame in each row"""
         self._received = self._accepted = self._outside = self._duplicate = self._late = self._undecodable = 0
         self._missing_before = 0
         self._passes_of_row = np.zeros(shape[0], np.int64)
@@ -330,6 +332,8 @@ class Engine:
         ring.commit(item.row, item.pass_, self._assembler.pixels[item.slot][:, : self.setup.kept_pixels], received)
         sums[received] += self._assembler.sums[item.slot][received]
         self._missing_of_row[item.row] = self._missing_in(item.row)
+        held = ring.frames[item.row] > 0
+        self._row_intensity[item.row] = (sums[held, TOTAL] / ring.frames[item.row][held]).mean()
 
     def _missing_in(self, row: int) -> int:
         expected = self._passes_of_row[row] if self._ring.averaging else 1
@@ -440,22 +444,21 @@ class Engine:
 
     def _mean_intensity(self) -> float | None:
         """Mean counts of a frame; a missing frame counts as its row's mean, a missing row as the mean row."""
-        frames = self._ring.frames
-        rows = np.flatnonzero(frames.any(axis=1))
-        if len(rows) == 0:
-            return None
-        held = frames[rows] > 0
-        mean = np.where(held, self._sums[rows, :, TOTAL] / np.maximum(frames[rows], 1), 0)
-        intensity = float((mean.sum(axis=1) / held.sum(axis=1)).mean())
+        rows = self._ring.acquired
+        intensity = float(self._row_intensity[rows].mean()) if rows.any() else 0.0
         return intensity if intensity > 0 else None
 
     def view(self, names: Iterable[str] | None = None) -> View:
         """Images (see ``images``) together with what they show, all of one moment; no images before the first row."""
+        wanted = set(self.setup.image_names if names is None else names)
+        # That waits for frames that are being decoded, which should not keep rows waiting.
+        pattern = self.images(wanted & {"mean_pattern"})
         with self._compute_lock:
             if self._accumulator is None and self._last_view is not None:
                 return replace(self._last_view, last_row=self.last_row, counters=self.counters)
             rows, last_row, counters = int(self.rows_acquired.sum()), self.last_row, self.counters
-            return View({} if rows == 0 else self.images(names), rows, last_row, counters)
+            images = {} if rows == 0 else self.images(wanted - {"mean_pattern"}) | pattern
+            return View(images, rows, last_row, counters)
 
     def images(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Images by name (see ``stream.snapshot.IMAGE_UNITS``): float32, NaN where there is nothing yet.

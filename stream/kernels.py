@@ -315,11 +315,10 @@ class RunTable:
         last = np.flatnonzero(self.ends)
         before = np.repeat(np.concatenate([[0.0], prefix[last[:-1]]]), np.diff(last, prepend=-1))
         prefix -= before
-        out = np.empty(int(self.passband.columns[1]))
-        for e in range(len(out)):
-            first, minus, stop = self.bounds[2 * e : 2 * e + 3]
-            out[e] = prefix[self.lookups[first:minus]].sum() - prefix[self.lookups[minus:stop]].sum()
-        return self.step * out
+        bounds = self.bounds[: 2 * int(self.passband.columns[1]) + 1]
+        running = np.concatenate([[0.0], np.cumsum(prefix[self.lookups[: bounds[-1]]])])
+        runs = np.diff(running[bounds]).reshape(-1, 2)
+        return self.step * (runs[:, 0] - runs[:, 1])
 
 
 #: Ends of runs in a detector row, at most: on either side of the line k.q = 0 the weights have one sign, and what is

@@ -51,7 +51,7 @@ _SHARE = 0.25
 _BUSY_SHARE = 0.08
 _BUSY_LOAD = 0.7
 #: Letting in few rows for a snapshot takes a thread no more than this much of its time: many at a time cost less.
-_ROWS_SHARE = 0.25
+_ROWS_SHARE = 0.4
 #: What is not in the images (state, counters, rates) is shown after so long [s], without waiting for a row.
 _STATUS_S = 0.1
 #: ... and at most so far apart [s]: a viewer takes a longer silence for the session's end.

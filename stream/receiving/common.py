@@ -31,6 +31,9 @@ MAX_MESSAGE_PARTS = 1 << 16
 FULL_PARTS = 4096
 FULL_BYTES = 16 << 20
 
+#: A batch that is not full is not handed over sooner than so long after the one before it [s]: each batch has a price.
+_GATHER_S = 4e-3
+
 
 class Slab:
     """Received bytes, end to end in one piece of memory, and the parts of whole messages in them.
@@ -112,6 +115,7 @@ class Receiver(abc.ABC):
         self._slab_free = asyncio.Event()
         self._free: list[Slab] = []
         self._next = 0
+        self._handed_over = 0.0
         self.endpoints: list[str] = []
         """the addresses in use, with real port numbers"""
         self.bytes_received = 0
@@ -165,21 +169,27 @@ class Receiver(abc.ABC):
         With ``full``, only a batch that cannot grow any more by being left. Leases are to be released before long: with
         two or more held, others may not be to be had.
         """
-        deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        clock = asyncio.get_running_loop().time
+        deadline = None if timeout_s is None else clock() + timeout_s
         while True:
+            early = clock() < self._handed_over + _GATHER_S
             for channel in self._channels[self._next :] + self._channels[: self._next]:
-                if full and (channel.slab is None or not channel.slab.full):
+                if (full or early) and (channel.slab is None or not channel.slab.full):
                     continue
                 if (slab := channel.hand_over(self._free)) is not None:
                     self._next = (channel.index + 1) % len(self._channels)
+                    self._handed_over = clock()
                     # A free slab lets the reader go on while this batch is being worked on.
                     self._slab_free.set()
                     return Lease(self, slab, channel.index)
             self._something.clear()
+            until = self._handed_over + _GATHER_S if early and not full else deadline
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(until):
                     await self._something.wait()
             except TimeoutError:
+                if until is not deadline:
+                    continue
                 self._raise_failed_reader()
                 return None
 
