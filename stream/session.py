@@ -350,35 +350,39 @@ class Session:
             started = time.monotonic()
             if self._acquisition.changed or started - last >= _SLOWEST_S:
                 last = started
-                (rows_s,) = await in_threads(self._let_in_rows)
-                images_s = await self._emit()
+                rows_s, images_s = await self._emit()
                 share = _BUSY_SHARE if load.busy() else _SHARE
                 pause = min(max(_FASTEST_S, rows_s / _ROWS_SHARE, images_s / share), _SLOWEST_S)
                 await asyncio.sleep(started + pause - time.monotonic())
 
-    def _let_in_rows(self) -> float:
-        """Whatever rows are closed get into the image; returns what that cost this thread [s of CPU]."""
-        began = time.thread_time()
-        while (run := self._acquisition.run) is not None and run.accumulate():
-            self._acquisition.changed = True
-        return time.thread_time() - began
+    def _let_in_rows(self) -> None:
+        """The rows that are closed by now get into the image."""
+        run = self._acquisition.run
+        left = 0 if run is None else run.closed_rows
+        while run is not None and left > 0 and (rows := run.accumulate()):
+            left -= rows
 
-    async def _emit(self) -> float:
-        """Make and publish a snapshot; returns its cost in CPU seconds (on busy cores, wall time is mostly waiting)."""
+    async def _emit(self) -> tuple[float, float]:
+        """Make and publish a snapshot; returns what letting rows in and the images cost a thread [s of CPU].
+
+        Not wall time: on busy cores, that is mostly waiting.
+        """
         self._acquisition.changed = False
-        ((snapshot, part, cost_s),) = await in_threads(self._packed_snapshot)
+        ((snapshot, part, costs),) = await in_threads(self._packed_snapshot)
         async with self._fresh:
             self._snapshot = snapshot
             self._fresh.notify_all()
         if self._publisher is not None:
             await self._publisher.send(part)
-        return cost_s
+        return costs
 
-    def _packed_snapshot(self) -> tuple[Snapshot, bytes, float]:
+    def _packed_snapshot(self) -> tuple[Snapshot, bytes, tuple[float, float]]:
         began = time.thread_time()
+        self._let_in_rows()
+        shown = time.thread_time()
         snapshot = self._make_snapshot()
         part = b"" if self._publisher is None else snapshot.pack()
-        return snapshot, part, time.thread_time() - began
+        return snapshot, part, (shown - began, time.thread_time() - shown)
 
     def _make_snapshot(self) -> Snapshot:
         port = None if self._publisher is None else self._publisher.control_port
