@@ -9,6 +9,7 @@ One asyncio process. What takes time runs in threads on code that releases the G
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -101,6 +102,10 @@ class Session:
         self._stack = AsyncExitStack()
         # The first run on a machine takes seconds here, later ones find the compiled code on disk.
         await in_threads(decode.compile_ahead, contraction.compile_ahead)
+        # The compiler leaves a million objects behind: going over them for garbage stops every thread for 0.1 s.
+        await asyncio.to_thread(gc.collect)
+        gc.freeze()
+        self._stack.callback(gc.unfreeze)
         try:
             if options.control is not None:
                 await self._ask_detector(await self._stack.enter_async_context(options.control))
