@@ -59,6 +59,9 @@ REASONS = {
 _LAST_LITERALS = 5
 _MATCH_LIMIT = 12
 
+#: The library counts bytes in 32 bits with a sign.
+_LARGEST = 2**31 - 1
+
 _RAW, _RAW_BIG_ENDIAN = int(Encoding.RAW), int(Encoding.RAW_BIG_ENDIAN)
 _LZ4, _BSLZ4, _LZ4_BLOCKS = int(Encoding.LZ4), int(Encoding.BSLZ4), int(Encoding.LZ4_BLOCKS)
 _MERLIN_1BIT, _MERLIN_12BIT = int(Encoding.MERLIN_1BIT), int(Encoding.MERLIN_12BIT)
@@ -67,8 +70,9 @@ _MERLIN_QUAD_1BIT, _MERLIN_QUAD_12BIT = int(Encoding.MERLIN_QUAD_1BIT), int(Enco
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 #: The same for sums of floats, which are vectorised only where they may be added in any order.
 _reordering = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"}, _nrt=False)
-#: The same for functions that allocate nothing: without this, every use of an array counts references, which takes
-#: longer than adding up a sparse block.
+#: The same for functions that allocate nothing and return no array: without this, every use of an array counts
+#: references, which takes longer than adding up a sparse block. Numba documents the option for ``register_jitable``
+#: only, hence the upper bound in ``pyproject.toml``.
 _borrowing = numba.njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
 
 
@@ -85,36 +89,43 @@ def _big_endian(slab, at, count):
 
 @_borrowing
 def _lz4_fits(slab, at, end, wanted):
-    """Whether the LZ4 block in ``slab[at:end]`` unpacks to exactly ``wanted`` bytes."""
+    """Whether the LZ4 block in ``slab[at:end]`` unpacks to exactly ``wanted`` bytes, by the letter of the format.
+
+    The library takes a little more: offsets of 0, where it fills in what it likes, and matches that it copies so fast
+    that it overlooks how near the end they are.
+    """
     done = 0
     while at < end:
-        token = int(slab[at])
+        token = byte_at(slab, at)
         at += 1
         literals = token >> 4
-        more = literals == 15
-        while more:
-            if at >= end:
-                return False
-            literals += int(slab[at])
-            more = slab[at] == 255
-            at += 1
+        if literals == 15:
+            more = True
+            while more:
+                if at >= end:
+                    return False
+                value = byte_at(slab, at)
+                literals += value
+                more = value == 255
+                at += 1
         at += literals
         done += literals
-        if at == end:
-            return done == wanted
         if at > end - 3 - _LAST_LITERALS or done > wanted - _MATCH_LIMIT:
-            return False
-        if int(slab[at]) | int(slab[at + 1]) << 8 > done:
+            return at == end and done == wanted
+        offset = byte_at(slab, at) | byte_at(slab, at + 1) << 8
+        if offset == 0 or offset > done:
             return False
         at += 2
         match = token & 15
-        more = match == 15
-        while more:
-            if at >= end - _LAST_LITERALS + 1:
-                return False
-            match += int(slab[at])
-            more = slab[at] == 255
-            at += 1
+        if match == 15:
+            more = True
+            while more:
+                if at >= end - _LAST_LITERALS + 1:
+                    return False
+                value = byte_at(slab, at)
+                match += value
+                more = value == 255
+                at += 1
         done += match + 4
         if done > wanted - _LAST_LITERALS:
             return False
@@ -123,7 +134,7 @@ def _lz4_fits(slab, at, end, wanted):
 
 @_borrowing
 def _unpack_sparse(slab, at, end, out, start, wanted):
-    """Unpack the LZ4 block in ``slab[at:end]`` into ``out`` from ``start`` on: what it takes, ``_lz4_fits`` takes too.
+    """Unpack the LZ4 block in ``slab[at:end]`` into ``out`` from ``start`` on: it takes what ``_lz4_fits`` takes.
 
     Returns where the zeros begin that it ends with, counted from ``start``: they are *not* written. -1 for a block that
     does not unpack to exactly ``wanted`` bytes. Up to 16 bytes beyond it are overwritten.
@@ -131,7 +142,6 @@ def _unpack_sparse(slab, at, end, out, start, wanted):
     Bit planes of counts are mostly zeros, which LZ4 says as "repeat the last byte": long runs of them are written only
     when something follows that may refer to them.
     """
-    block = at
     done = 0
     zeros = 0  # from here to ``done`` there is nothing but 0, and ...
     written = 0  # ... from here on it has not been written yet
@@ -174,14 +184,8 @@ def _unpack_sparse(slab, at, end, out, start, wanted):
         if at > end - 3 - _LAST_LITERALS or done > wanted - _MATCH_LIMIT:
             return -1
         offset = byte_at(slab, at) | byte_at(slab, at + 1) << 8
-        if offset > done:
+        if offset == 0 or offset > done:
             return -1
-        if offset == 0:  # no LZ4, but the library takes it: it shall say what comes of it
-            return (
-                wanted
-                if lz4_decompress(address(slab, block), address(out, start), end - block, wanted) == wanted
-                else -1
-            )
         at += 2
         length = token & 15
         if length == 15:
@@ -257,7 +261,7 @@ def _unpack_blocks(slab, at, end, nbytes, group, out, bad, ends):
     ``out`` has room for 16 bytes more. ``ends``: gets where the zeros begin with which a shuffled block ends, counted
     from the block's start, and these are not written then; or has no elements, and everything is.
     """
-    if end - at < 12 or _big_endian(slab, at, 8) != nbytes:
+    if end - at < 12 or max(end - at, nbytes) > _LARGEST or _big_endian(slab, at, 8) != nbytes:
         return -1
     block = _big_endian(slab, at + 8, 4)
     if block == 0 and group > 1:
@@ -289,6 +293,8 @@ def _unpack_blocks(slab, at, end, nbytes, group, out, bad, ends):
             zeros = _unpack_sparse(slab, at, at + length, out, done, wanted)
             if zeros < 0:
                 return -1
+        elif group > 1 and not _lz4_fits(slab, at, at + length, wanted):
+            return -1  # as in a sparse block: the library alone would take more than the format allows
         elif lz4_decompress(address(slab, at), address(out, done), length, wanted) != wanted:
             return -1
         if len(ends):
@@ -323,7 +329,11 @@ def _holds_merlin(size, encoding, pixels, width, itemsize):
 
 @_compiled
 def check_frames(slab, offsets, sizes, encoding, pixels, width, itemsize):
-    """bool (frames,): which payloads ``decode_frames`` would take, as far as bytes go; no pixel is written."""
+    """bool (frames,): which payloads hold one frame, as far as bytes go; no pixel is written.
+
+    ``decode_frames`` takes all of these. Of others it only takes bitshuffled ones that are damaged where every pixel
+    is masked, and LZ4 blocks that the library takes though they break the format's rules: see ``_lz4_fits``.
+    """
     whole = np.zeros(len(offsets), np.bool_)
     nothing, no_pixels = np.empty(0, np.uint8), np.empty(0, np.int64)
     nbytes = pixels * itemsize
@@ -414,7 +424,7 @@ def _unpack(slab, at, size, encoding, width, frame, planes, bad):
             for i in range(len(words)):
                 words[i] = swap_bytes(words[i])
     elif encoding == _LZ4:
-        if size > 2147483647 or lz4_decompress(address(slab, at), address(frame_bytes, 0), size, nbytes) != nbytes:
+        if size > _LARGEST or lz4_decompress(address(slab, at), address(frame_bytes, 0), size, nbytes) != nbytes:
             return DAMAGED
     elif encoding == _BSLZ4:
         block = _unpack_blocks(slab, at, at + size, nbytes, 8 * itemsize, planes, bad, bad[:0])

@@ -19,6 +19,7 @@ from detectors.codec import bitshuffle_library, decode, encode
 from detectors.errors import ConfigurationError, ProtocolError
 from detectors.messages import Encoding, FrameBlock
 from stream.decode import FrameDecoder
+from stream.recording.payload_check import whole_frames
 from stream.unpack import BRIGHT_FIELD, DAMAGED, MOMENT_COLUMN, MOMENT_ROW, REASONS, TOTAL, WRONG_SIZE
 from tests.data_helpers import Case, feed, payload_block, running
 from tests.merlin_oracle import encode_raw
@@ -539,8 +540,10 @@ def test_damage_never_gets_out_of_the_frame(
         check_sums(rows.sums[GUARD : GUARD + 1], taken[None], bright, good)
     else:
         assert int(status[0]) in REASONS
-        with pytest.raises(ProtocolError):
-            decode(bytes(payload), encoding, shape, np.dtype(dtype))
+        assert not whole_frames(block, shape, np.dtype(dtype))[0]
+        if encoding is not Encoding.BSLZ4:  # there, the library lets pass what the format forbids: test_decode_fuzz.py
+            with pytest.raises(ProtocolError):
+                decode(bytes(payload), encoding, shape, np.dtype(dtype))
     mean = np.where(good, frames[1], 0).astype(float)
     if status[0] == 0:
         mean = (mean + np.where(good, taken, 0)) / 2
