@@ -244,3 +244,9 @@ def test_nothing_that_can_be_sent_raises(messages: list[list[bytes]]) -> None:
             assert (message.offsets >= 0).all()
             assert (message.sizes >= 0).all()
             assert (message.offsets + message.sizes <= len(received.slab)).all()
+
+
+def test_a_few_bytes_do_not_stand_for_thousands_of_frames() -> None:
+    message = refusal({"type": "frames", "series": 7, "first": 0, "count": 65536, "encoding": "raw"}, b"")
+    assert message.frames == 65536
+    assert "0 bytes is not 65536 equal frames" in message.reason

@@ -115,7 +115,9 @@ def sound(draw: st.DrawFn) -> list[bytes]:
         "first": draw(st.sampled_from([0, 1, 127, 128, 2**32, 2**53])),
         "count": len(sizes),
         "encoding": draw(st.sampled_from(["raw", "lz4", "bslz4"])),
-        "sizes": draw(st.sampled_from([sizes, None])) if len(set(sizes)) == 1 else sizes,
+        "sizes": draw(st.sampled_from([sizes, None]))
+        if len(set(sizes)) == 1 and (any(sizes) or not sizes[1:])
+        else sizes,
     }
     if values["sizes"] is None and draw(st.booleans()):
         del values["sizes"]

@@ -263,7 +263,7 @@ def _read_header(slab: int, at: int, end: int, size: int, out: Any, left: np.nda
     if at != end or not typed or not has_series or out.first < 0 or out.count < 0 or out.encoding < 0:
         return False
     if out.sizes_at < 0:
-        return size % out.count == 0
+        return size % out.count == 0 and (size > 0 or out.count == 1)
     return listed == out.count and total == size
 
 

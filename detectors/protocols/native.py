@@ -188,7 +188,7 @@ def _sizes(header: Mapping[str, Any], count: int, length: int) -> list[int]:
     """Bytes of each frame's payload; without 'sizes' they are all equal."""
     sizes = header.get("sizes")
     if sizes is None:
-        if length % count:
+        if length % count or (length == 0 and count > 1):  # a few bytes must not stand for thousands of frames
             raise ProtocolError(f"a payload of {length} bytes is not {count} equal frames; give their 'sizes'")
         return [length // count] * count
     if not (isinstance(sizes, list) and len(sizes) == count and all(type(n) is int and n >= 0 for n in sizes)):

@@ -1,8 +1,8 @@
 """Does a payload hold one whole frame? Answered without unpacking it, for a whole block in one compiled, GIL-free call.
 
 Whoever keeps payloads as they came must know which of them a reader can unpack later. The sizes and every LZ4 sequence
-are followed to their end, which is all that the LZ4 and bitshuffle libraries themselves check, but no pixel is written:
-1-2 microseconds for a usual sparse frame.
+are followed to their end by the letter of the format, but no pixel is written: 1-2 microseconds for a usual sparse
+frame.
 """
 
 from __future__ import annotations
