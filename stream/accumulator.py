@@ -7,8 +7,8 @@
 Psi is summed in double precision, and a row is taken out again by exactly the numbers with which it was put in (they
 are kept while passes go round): nothing accumulates rounding, however long the microscope scans.
 
-Where a table of T would be too large, ``SweepingAccumulator`` lets rows wait in the ring, and makes T block by block for
-all that wait together: a *sweep*. The image is then the one of the last sweep, whole.
+Where a table of T would be too large, ``SweepingAccumulator`` lets rows wait in the ring, and makes T block by block
+for all that wait together: a *sweep*. The image is then the one of the last sweep, whole.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class _Psi:
 
     def mean_bf_pattern(self) -> Any:
         """mu(k): the mean of the acquired rows' bright-field patterns, float32 (K,) on the device [counts/frame]."""
-        rows = self._device.xp.asarray(np.flatnonzero(self._in_psi))
-        return self._sums.row_sums[rows].mean(axis=0) / self.kernels.passband.scan_shape[1]
+        rows, row_sums = self._device.xp.asarray(np.flatnonzero(self._in_psi)), self._sums.row_sums
+        assert row_sums is not None  # qx bin 0 is among the columns
+        return row_sums[rows].mean(axis=0) / self.kernels.passband.scan_shape[1]
 
     def object(self, mean_intensity: float) -> np.ndarray:
         """The complex object of what is in Psi: complex64 scan shape, on the host; dimensionless, mean 1.

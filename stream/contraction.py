@@ -221,9 +221,8 @@ class _Compiled(ABC):
             aside = self._ring.set_aside(rows)
             counts, scale, filled = self._ring.lying(rows)
             source = self._nothing if filled is None else filled
-            self._share(
-                partial(self._fft.transform, counts=counts, rows=rows, scale=scale, filled=source, spectra=self._spectra)
-            )
+            given = {"counts": counts, "rows": rows, "scale": scale, "filled": source}
+            self._share(partial(self._fft.transform, spectra=self._spectra, **given))
             if self._ring.set_aside(rows) == aside:
                 break
         if self._sums.row_sums is not None:

@@ -501,8 +501,8 @@ class Engine:
     def object(self) -> np.ndarray:
         """The complex object, complex64 scan shape; ones before the first row. See ``Accumulator.object``.
 
-        Waits for kernels that are being made, and for rows that wait for a sweep. Raises ``DoesNotFit`` when that has failed, and ``ConfigurationError``
-        where the phase is left out.
+        Waits for kernels that are being made, and for a sweep where rows wait for one. Raises ``DoesNotFit`` when that
+        has failed, and ``ConfigurationError`` where the phase is left out.
         """
         if "phase" not in self.setup.channels:
             raise ConfigurationError(f"there is no object without the phase; {left_out_sentence(self.setup.left_out)}")

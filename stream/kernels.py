@@ -368,7 +368,7 @@ class StreamedKernels:
         return self.pixels * max((_entries_in(self.passband, block) for block in self.blocks), default=0)
 
     def tables(self, go_on: Callable[[], bool]) -> Iterator[tuple[slice, KernelTable]]:
-        """Each block after the others: (its entries, its table). All lie in the same memory: only the last one is valid.
+        """Each block after the others: (its entries, its table). All lie in the same memory: only the last one counts.
 
         Ends early when ``go_on``, which is asked many times a second, says no.
         """

@@ -142,8 +142,8 @@ class Reconstruction:
             )
         if engine.plan.block_bytes is not None:
             self._note(
-                "the kernels would take too much memory at a time, so they are made in blocks: the phase is renewed every "
-                "so often, with all rows that came by then, and no frame waits for it"
+                "the kernels would take too much memory at a time, so they are made in blocks: the phase is renewed "
+                "every so often, with all rows that came by then, and no frame waits for it"
             )
         self._note_frames(setup.scan, setup.passes)
         for frames, reason in self._unread:

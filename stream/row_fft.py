@@ -62,7 +62,7 @@ def _factors(length: int) -> list[int]:
 
 @dataclass(frozen=True)
 class RowFft:
-    """The transform of scan rows with ``length`` positions, of which ``columns`` qx bins from ``first`` on are wanted."""
+    """The transform of scan rows with ``length`` positions: ``columns`` qx bins of it, from ``first`` on."""
 
     length: int
     first: int

@@ -49,8 +49,8 @@ _MOST_OF_FREE = 0.9
 
 #: Kernels take no more than this share of the free memory; larger tables are made in blocks ...
 _KERNEL_SHARE = 0.5
-#: ... of up to this many bytes, and of at least one qx bin. The rows are transformed anew for each block: with 512 x 512
-#: positions that takes about as long as making kernels of 500 MB.
+#: ... of up to this many bytes, and of at least one qx bin. All rows are transformed anew for each block: where there
+#: are 512 x 512 positions, that takes as long as making 150 MB of kernels.
 _BLOCK_BYTES = 1 << 30
 
 
@@ -61,8 +61,8 @@ class Setup:
     ``scan_step`` (row, column) [Å]; ``dtype`` of the frames; ``passes`` None for continuous scanning; ``averaging``
     averages the passes instead of letting the newest one replace the others. ``maximum_is_masked``: pixels of the
     dtype's largest value are not counts. ``channels``: which images are made, by names of ``IMAGE_CHANNELS``; without
-    ``phase`` no bright-field pixels are kept and nothing is contracted. ``kernel_bytes``: how large a kernel table may be;
-    larger ones are made in blocks of at most as much. None: half of the free memory, and blocks of 1 GiB.
+    ``phase`` no bright-field pixels are kept and nothing is contracted. ``kernel_bytes``: how large a kernel table may
+    be; larger ones are made in blocks of at most as much. None: half of the free memory, and blocks of up to 1 GiB.
     """
 
     geometry: DetectorGeometry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from stream.accumulator import SweepingAccumulator
 from stream.api import SessionOptions
 from stream.array import Device, choose_device
 from stream.config import Layer
+from stream.contraction import Product
 from stream.engine import Engine
 from stream.kernels import METHODS, KernelTable, StreamedKernels, column_blocks, table_bytes
 from stream.offline import reconstruct_file
@@ -34,6 +36,7 @@ from tests.live_helpers import (
     scan_file,
     serving,
 )
+from tests.test_contraction import full_ring
 
 CPU = choose_device("cpu")
 ABERRATIONS = {"C10": -60.0, "C12": 25.0, "phi12": 30.0, "C21": 700.0, "phi21": -50.0}
@@ -461,6 +464,69 @@ def test_kernels_that_cannot_be_made_are_told(monkeypatch: pytest.MonkeyPatch) -
         feed(engine, counts, range(50, 190))
         engine.finish()
         assert_object(engine, CASE, counts)
+
+
+# below the engine
+
+
+def swept(setup: Setup, ring: RowRing, executor: ThreadPoolExecutor) -> SweepingAccumulator:
+    kernels = setup.stream_kernels(CPU, BUDGET)
+    return SweepingAccumulator(kernels, ring, CPU, rewritten=True, executor=executor, threads=2)
+
+
+@pytest.mark.parametrize("aberrations", [ABERRATIONS, {}])
+@pytest.mark.parametrize("method", ["ssb", "ssb-single"])
+def test_matrix_products_with_blocks(
+    method: str, aberrations: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form that a GPU takes, of complex kernels and of real ones."""
+    monkeypatch.setattr(stream.accumulator, "contraction", Product)
+    case = replace(CASE, aberrations=aberrations)
+    setup = case.setup(method)
+    ring, counts = full_ring(case, setup)
+    with ThreadPoolExecutor(2) as executor:
+        accumulator = swept(setup, ring, executor)
+        assert len(accumulator.kernels.blocks) > 1
+        sweep = accumulator.begin(1.0)
+        assert accumulator.run(sweep, lambda: True)
+        assert accumulator.end(sweep)
+    mean = float(case.counts()[:, :, case.good].sum(axis=2).mean())
+    expected = case.true_object(case.counts(), method)
+    assert oracle.relative_error(accumulator.object(mean), expected) < 3e-6
+    np.testing.assert_allclose(accumulator.mean_bf_pattern(), counts.mean(axis=(0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["Dense", "Product"])
+def test_a_row_that_is_replaced_while_it_is_read(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of it may be half old and half new: it is read again, from where it was set aside."""
+    setup = CASE.setup(passes=None)
+    ring, _ = full_ring(CASE, setup)
+    new = CASE.counts(1).reshape(*CASE.scan, -1)[:, :, setup.geometry.bf_pixels]
+    if form == "Product":
+        monkeypatch.setattr(stream.accumulator, "contraction", Product)
+    name = "lying" if form == "Dense" else "filled"
+    read, left = getattr(RowRing, name), [3, 17]
+
+    def replacing(self: RowRing, rows: np.ndarray) -> Any:
+        result = read(self, rows)
+        replaced = [row for row in left if row in rows and isinstance(self, FrozenRing)]
+        for row in replaced:
+            left.remove(row)
+            accumulator.remove(np.array([row]))
+            ring.commit(row, 1, new[row], np.ones(CASE.scan[1], bool))
+        # A copy would be the old row, and what is about to be read where it lies is the new one by now.
+        return read(ring, rows) if replaced and form == "Product" else result
+
+    with ThreadPoolExecutor(2) as executor:
+        accumulator = swept(setup, ring, executor)
+        sweep = accumulator.begin(1.0)
+        monkeypatch.setattr(RowRing, name, replacing)
+        assert accumulator.run(sweep, lambda: True)
+        assert accumulator.end(sweep)
+        assert left == []
+        mean = float(CASE.counts()[:, :, CASE.good].sum(axis=2).mean())
+        assert oracle.relative_error(accumulator.object(mean), CASE.true_object(CASE.counts())) < 3e-6
+        np.testing.assert_array_equal(accumulator.missing(), [3, 17])
 
 
 # memory
