@@ -220,7 +220,8 @@ class SweepingAccumulator(_Psi):
             return go_on() and not sweep.called_off
 
         if len(sweep.rows):
-            for entries, kernels in self.kernels.tables(goes_on):
+            executor = None if self._device.is_gpu else self._executor
+            for entries, kernels in self.kernels.tables(goes_on, executor, self._threads):
                 at_zero = kernels.passband.first_column == 0
                 sums = Sums(sweep.sums.psi[entries], None, sweep.sums.row_sums if at_zero else None)
                 form = contraction(kernels, sweep.ring, sums, self._device, self._executor, self._threads)

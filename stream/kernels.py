@@ -10,6 +10,7 @@ other half follows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -367,21 +368,57 @@ class StreamedKernels:
     def _elements(self) -> int:
         return self.pixels * max((_entries_in(self.passband, block) for block in self.blocks), default=0)
 
-    def tables(self, go_on: Callable[[], bool]) -> Iterator[tuple[slice, KernelTable]]:
+    def tables(
+        self, go_on: Callable[[], bool], executor: Executor | None = None, threads: int = 1
+    ) -> Iterator[tuple[slice, KernelTable]]:
         """Each block after the others: (its entries, its table). All lie in the same memory: only the last one counts.
 
-        Ends early when ``go_on``, which is asked many times a second, says no.
+        ``executor`` with ``threads`` shares the work on the CPU. Ends early when ``go_on``, which is asked many times a
+        second and by every thread, says no: then it must go on saying so.
         """
         memory = self.device.xp.empty(self._elements, self.at_zero.weights.dtype)
         for block in self.blocks:
             part = self.passband.part(block)
             weights = memory[: part.entries * self.pixels].reshape(part.entries, self.pixels)
-            for some, values in _blocks(self.method, self.probe, self.k, part, self.scan_step, self.device):
-                if not go_on():
-                    return
-                weights[some] = values
+            if executor is None or threads == 1:
+                self._fill(iter([block]), block, weights, go_on)
+            else:
+                # Of a list, as a generator cannot be asked by two threads at a time.
+                columns = iter([range(column, column + 1) for column in block])
+                self._share(columns, block, weights, go_on, executor, threads)
+            if not go_on():
+                return
             first = int(self.passband.columns[block.start])
             yield slice(first, first + part.entries), KernelTable(self.method, part, weights)
+
+    def _share(
+        self,
+        parts: Iterator[range],
+        block: range,
+        weights: Any,
+        go_on: Callable[[], bool],
+        executor: Executor,
+        threads: int,
+    ) -> None:
+        others = [executor.submit(self._fill, parts, block, weights, go_on) for _ in range(threads - 1)]
+        try:
+            self._fill(parts, block, weights, go_on)
+        finally:
+            # A thread that has not begun by now would find nothing left to do.
+            for other in others:
+                if not other.cancel():
+                    other.result()
+
+    def _fill(self, parts: Iterator[range], block: range, weights: Any, go_on: Callable[[], bool]) -> None:
+        """Make the kernels of ``parts`` of a block, until none is left."""
+        starts = self.passband.columns - self.passband.columns[block.start]
+        for columns in parts:
+            own = weights[int(starts[columns.start]) : int(starts[columns.stop])]
+            band = self.passband.part(columns)
+            for some, values in _blocks(self.method, self.probe, self.k, band, self.scan_step, self.device):
+                if not go_on():
+                    return
+                own[some] = values
 
     def sums_at_zero(self, pattern: Any) -> Any:
         """sum_k T(k;q) pattern(k) for the entries of qx bin 0; ``pattern`` (K,) on the device."""

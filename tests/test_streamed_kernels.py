@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +83,8 @@ class Halting:
         self.reached, self.go_on, self.armed = threading.Event(), threading.Event(), False
         tables, halting = StreamedKernels.tables, self
 
-        def slowly(kernels: StreamedKernels, go_on: Callable[[], bool]) -> Iterator[tuple[slice, KernelTable]]:
-            for number, item in enumerate(tables(kernels, go_on)):
+        def slowly(kernels: StreamedKernels, *given: Any) -> Iterator[tuple[slice, KernelTable]]:
+            for number, item in enumerate(tables(kernels, *given)):
                 if number == 1 and halting.armed:
                     halting.reached.set()
                     assert halting.go_on.wait(60)
@@ -119,22 +119,26 @@ def halting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Halting]:
 # the blocks
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("budget", [LEAST, 4_000, BUDGET, 1 << 30])
 @pytest.mark.parametrize("name", CASES)
-def test_the_blocks_make_up_the_table(name: str, budget: int) -> None:
+def test_the_blocks_make_up_the_table(name: str, budget: int, threads: int) -> None:
     setup = CASES[name].setup()
     whole, parts = setup.make_kernels(CPU), setup.stream_kernels(CPU, budget)
     assert isinstance(whole, KernelTable)
     band, pixels = whole.passband, whole.pixels
     assert [ix for some in parts.blocks for ix in some] == list(range(band.column_count))
     stop, most = 0, 0
-    for some, (entries, table) in zip(parts.blocks, parts.tables(lambda: True), strict=True):
+    executor = ThreadPoolExecutor(2) if threads > 1 else None
+    for some, (entries, table) in zip(parts.blocks, parts.tables(lambda: True, executor, threads), strict=True):
         assert entries.start == stop
         stop, most = entries.stop, max(most, table.nbytes)
         np.testing.assert_array_equal(table.weights, whole.weights[entries])
         assert table.nbytes == table_bytes(band, pixels, False, some)
         assert table.nbytes <= budget or len(some) == 1
         assert [ix for group in table.passband.groups for ix in group] == list(range(len(some)))
+    if executor is not None:
+        executor.shutdown()
     assert stop == band.entries
     assert parts.nbytes == most + parts.at_zero.nbytes
     pattern = np.random.default_rng(0).random(pixels).astype(np.float32)
@@ -144,8 +148,14 @@ def test_the_blocks_make_up_the_table(name: str, budget: int) -> None:
 def test_making_blocks_can_be_broken_off() -> None:
     kernels = CASE.setup().stream_kernels(CPU, BUDGET)
     assert len(kernels.blocks) > 2
-    asked = iter([True, False])
-    assert len(list(kernels.tables(lambda: next(asked)))) == 1
+    wanted = [True]
+    with ThreadPoolExecutor(2) as executor:
+        for given in ((), (executor, 3)):
+            wanted[0] = True
+            tables = kernels.tables(lambda: wanted[0], *given)
+            next(tables)
+            wanted[0] = False
+            assert list(tables) == []
 
 
 # a frozen ring
@@ -442,7 +452,7 @@ def test_closing_breaks_a_sweep_off(halting: Halting) -> None:
 
 
 def test_kernels_that_cannot_be_made_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(kernels: StreamedKernels, go_on: Callable[[], bool]) -> Any:
+    def fail(kernels: StreamedKernels, *given: Any) -> Any:
         raise MemoryError("no room")
 
     counts = CASE.counts()
