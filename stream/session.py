@@ -9,6 +9,7 @@ One asyncio process. What takes time runs in threads on code that releases the G
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -101,6 +102,10 @@ class Session:
         self._stack = AsyncExitStack()
         # The first run on a machine takes seconds here, later ones find the compiled code on disk.
         await in_threads(decode.compile_ahead, contraction.compile_ahead)
+        # The compiler leaves a million objects behind: going over them for garbage stops every thread for 0.1 s.
+        await asyncio.to_thread(gc.collect)
+        gc.freeze()
+        self._stack.callback(gc.unfreeze)
         try:
             if options.control is not None:
                 await self._ask_detector(await self._stack.enter_async_context(options.control))
@@ -350,35 +355,39 @@ class Session:
             started = time.monotonic()
             if self._acquisition.changed or started - last >= _SLOWEST_S:
                 last = started
-                (rows_s,) = await in_threads(self._let_in_rows)
-                images_s = await self._emit()
+                rows_s, images_s = await self._emit()
                 share = _BUSY_SHARE if load.busy() else _SHARE
                 pause = min(max(_FASTEST_S, rows_s / _ROWS_SHARE, images_s / share), _SLOWEST_S)
                 await asyncio.sleep(started + pause - time.monotonic())
 
-    def _let_in_rows(self) -> float:
-        """Whatever rows are closed get into the image; returns what that cost this thread [s of CPU]."""
-        began = time.thread_time()
-        while (run := self._acquisition.run) is not None and run.accumulate():
-            self._acquisition.changed = True
-        return time.thread_time() - began
+    def _let_in_rows(self) -> None:
+        """The rows that are closed by now get into the image."""
+        run = self._acquisition.run
+        left = 0 if run is None else run.closed_rows
+        while run is not None and left > 0 and (rows := run.accumulate()):
+            left -= rows
 
-    async def _emit(self) -> float:
-        """Make and publish a snapshot; returns its cost in CPU seconds (on busy cores, wall time is mostly waiting)."""
+    async def _emit(self) -> tuple[float, float]:
+        """Make and publish a snapshot; returns what letting rows in and the images cost a thread [s of CPU].
+
+        Not wall time: on busy cores, that is mostly waiting.
+        """
         self._acquisition.changed = False
-        ((snapshot, part, cost_s),) = await in_threads(self._packed_snapshot)
+        ((snapshot, part, costs),) = await in_threads(self._packed_snapshot)
         async with self._fresh:
             self._snapshot = snapshot
             self._fresh.notify_all()
         if self._publisher is not None:
             await self._publisher.send(part)
-        return cost_s
+        return costs
 
-    def _packed_snapshot(self) -> tuple[Snapshot, bytes, float]:
+    def _packed_snapshot(self) -> tuple[Snapshot, bytes, tuple[float, float]]:
         began = time.thread_time()
+        self._let_in_rows()
+        shown = time.thread_time()
         snapshot = self._make_snapshot()
         part = b"" if self._publisher is None else snapshot.pack()
-        return snapshot, part, time.thread_time() - began
+        return snapshot, part, (shown - began, time.thread_time() - shown)
 
     def _make_snapshot(self) -> Snapshot:
         port = None if self._publisher is None else self._publisher.control_port
