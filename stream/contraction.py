@@ -38,12 +38,12 @@ class Sums:
     """What rows are summed into, on the device.
 
     ``psi`` complex128 (entries,); ``contracted`` complex64 (scan rows, entries), each row's C_y, or None;
-    ``row_sums`` float32 (scan rows, K), each row's counts.
+    ``row_sums`` float32 (scan rows, K), each row's counts: from qx bin 0, and None where that is not among the columns.
     """
 
     psi: Any
     contracted: Any | None
-    row_sums: Any
+    row_sums: Any | None
 
     @classmethod
     def zeros(cls, passband: Passband, pixels: int, keep_contracted: bool, device: Device) -> Sums:
@@ -143,16 +143,22 @@ class Product:
 
     def _spectra(self, rows: np.ndarray) -> Any:
         """F_y(k,qx) of the rows, qx pruned to the passband: complex64 (rows, qx bins, K)."""
-        columns = self._kernels.passband.column_count
-        spectra = self._device.xp.empty((len(rows), columns, self._kernels.pixels), np.complex64)
+        band = self._kernels.passband
+        columns = slice(band.first_column, band.first_column + band.column_count)
+        spectra = self._device.xp.empty((len(rows), band.column_count, self._kernels.pixels), np.complex64)
 
         def transform(part: slice) -> None:
-            spectra[part] = self._device.fft.rfft(self._ring.filled(rows[part]), axis=1)[:, :columns]
+            while True:
+                aside = self._ring.set_aside(rows[part])
+                spectra[part] = self._device.fft.rfft(self._ring.filled(rows[part]), axis=1)[:, columns]
+                if self._ring.set_aside(rows[part]) == aside:
+                    return
 
         # One row at a time stays in a core's cache; a GPU wants them all at once.
         step = len(rows) if self._device.is_gpu else 1
         self._map(transform, [slice(start, start + step) for start in range(0, len(rows), step)])
-        self._sums.row_sums[self._device.xp.asarray(rows)] = spectra[:, 0].real
+        if self._sums.row_sums is not None:
+            self._sums.row_sums[self._device.xp.asarray(rows)] = spectra[:, 0].real
         return spectra
 
     def _map(self, function: Callable[[Any], None], parts: Iterable[Any]) -> None:
@@ -180,7 +186,7 @@ class _Compiled(ABC):
         ny, nx = band.scan_shape
         self._turn = np.exp(-2j * np.pi * np.arange(ny) / ny)
         self._turns = aligned((ny, 2, LANES), np.float64)
-        self._fft = RowFft.plan(nx, band.column_count)
+        self._fft = RowFft.plan(nx, band.column_count, band.first_column)
         self._work = [aligned((self._fft.work_elements,), np.float32) for _ in range(threads)]
         self._spectra = aligned((band.column_count, kernels.pixels, 2, LANES), np.float32)
         self._nothing = with_slack((0, nx, kernels.pixels), np.float32)
@@ -211,12 +217,16 @@ class _Compiled(ABC):
         """Contract the spectra of up to 16 rows, qx bin by qx bin."""
 
     def _transform(self, rows: np.ndarray) -> None:
-        counts, scale, filled = self._ring.lying(rows)
-        source = self._nothing if filled is None else filled
-        self._share(
-            lambda next_part, work: self._fft.transform(next_part, counts, rows, scale, source, work, self._spectra)
-        )
-        self._sums.row_sums[rows] = self._spectra[0, :, 0, : len(rows)].T
+        while True:
+            aside = self._ring.set_aside(rows)
+            counts, scale, filled = self._ring.lying(rows)
+            source = self._nothing if filled is None else filled
+            given = {"counts": counts, "rows": rows, "scale": scale, "filled": source}
+            self._share(partial(self._fft.transform, spectra=self._spectra, **given))
+            if self._ring.set_aside(rows) == aside:
+                break
+        if self._sums.row_sums is not None:
+            self._sums.row_sums[rows] = self._spectra[0, :, 0, : len(rows)].T
 
     def _set_turns(self, rows: np.ndarray, sign: int) -> None:
         """Lanes without a row do not turn up in any sum."""
@@ -225,12 +235,12 @@ class _Compiled(ABC):
         self._turns[:, :, len(rows) :] = 0
         self._turns[:, 0, : len(rows)], self._turns[:, 1, : len(rows)] = turns.real, turns.imag
 
-    def _share(self, function: Callable[[np.ndarray, np.ndarray], None]) -> None:
-        """Call ``function`` (shared counter, scratch) in every thread, this one included."""
+    def _share(self, function: Callable[..., None]) -> None:
+        """Call ``function(shared counter, work=scratch)`` in every thread, this one included."""
         next_part = np.zeros(1, np.int64)
-        others = [self._executor.submit(function, next_part, work) for work in self._work[1:]]
+        others = [self._executor.submit(function, next_part, work=work) for work in self._work[1:]]
         try:
-            function(next_part, self._work[0])
+            function(next_part, work=self._work[0])
         finally:
             # A thread that has not begun by now would find nothing left to do.
             for other in others:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,11 +18,11 @@ import numpy as np
 
 from detectors.errors import ConfigurationError, DoesNotFit
 from detectors.messages import FrameBlock
-from stream.accumulator import Accumulator
+from stream.accumulator import Accumulator, SweepingAccumulator
 from stream.array import Device
 from stream.assembler import ClosedRow, RowAssembler, groups
 from stream.gpu.decode import make_decoder
-from stream.kernels import KernelTable, Method, RunTable
+from stream.kernels import Method
 from stream.optics import Probe
 from stream.ring import RowRing
 from stream.row_timing import RowTiming
@@ -55,6 +56,10 @@ class Engine:
 
     ``threads``: how many the decoder and the contraction may use each (default: the cores there are). The kernels are
     made first, or, with ``in_background``, while frames are taken already: rows then wait in the ring.
+
+    Where the plan has kernels in blocks, rows wait for a sweep. One begins in the background when the phase is looked
+    at, none is under way and as much time has passed as the last one took; until it ends, images show what the one
+    before has found. ``object`` and ``finish`` wait for a sweep of all rows that are there.
     """
 
     def __init__(
@@ -96,11 +101,16 @@ class Engine:
         self._compute_lock = threading.RLock()
         # Without a phase the ring keeps no pixels: only which frames came.
         self._ring = RowRing(shape, setup.kept_pixels, setup.dtype, device, setup.averaging)
-        self._accumulator: Accumulator | None = None
+        self._accumulator: Accumulator | SweepingAccumulator | None = None
         """None while its kernels are being made, and where the phase is left out"""
-        self._coming: Accumulator | None = None
+        self._coming: Accumulator | SweepingAccumulator | None = None
         """the accumulator that is catching up with the ring: of the first kernels, or of changed optics"""
         self._first_kernels: Future[None] | None = None
+        self._sweeping: Future[bool] | None = None
+        """the sweep in the background that began last"""
+        self._sweep_lock = threading.Lock()
+        """held during a sweep; never waited for with the compute lock in hand"""
+        self._next_sweep = 0.0
         self._closing = False
         self._changing = threading.Lock()
         self._last_view: View | None = None
@@ -144,16 +154,28 @@ class Engine:
                 raise DoesNotFit(f"the kernels could not be made: {error}") from error
 
     def close(self) -> None:
-        """End the engine's threads. Images can still be taken."""
+        """End the engine's threads, and a sweep that is under way. Images can still be taken."""
         self._closing = True
+        with self._sweep_lock:  # it uses threads of the executor to its end; none begins after this
+            pass
         self._executor.shutdown(wait=True)
 
-    def _make_accumulator(self, kernels: KernelTable | RunTable) -> Accumulator:
-        return Accumulator(
-            kernels,
+    def _make_accumulator(self, setup: Setup, plan: MemoryPlan) -> Accumulator | SweepingAccumulator:
+        several = setup.passes != 1
+        if plan.block_bytes is None:
+            return Accumulator(
+                setup.make_kernels(self.device),
+                self._ring,
+                self.device,
+                keep_contracted=several,
+                executor=self._executor,
+                threads=self._threads,
+            )
+        return SweepingAccumulator(
+            setup.stream_kernels(self.device, plan.block_bytes),
             self._ring,
             self.device,
-            keep_contracted=self.setup.passes != 1,
+            rewritten=several,
             executor=self._executor,
             threads=self._threads,
         )
@@ -168,6 +190,8 @@ class Engine:
         """
         if self._first_kernels is not None and self._first_kernels.done():
             self.wait_until_ready()
+        if (sweeping := self._sweeping) is not None and sweeping.done() and (error := sweeping.exception()) is not None:
+            raise DoesNotFit(f"the kernels could not be made: {error}") from error
         self._received += len(block)
         scan, timing = self.setup.scan, self._timing
         if timing is None:
@@ -283,6 +307,8 @@ class Engine:
         while self.accumulate():
             pass
         self.wait_until_ready()
+        with self._changing:
+            self._let_wait_no_longer()
         passes = self.setup.passes or max(1, self._assembler.newest_pass + 1)
         expected = self.setup.scan.frames_in(passes)
         if announced is not None:
@@ -313,7 +339,8 @@ class Engine:
                 self._commit(item)
             self._decoder.rows_taken()
             # Without an accumulator, kernels are being made, and whoever does it adds the rows; or there is no phase.
-            if self._accumulator is not None:
+            # And a sweep finds them in the ring.
+            if isinstance(self._accumulator, Accumulator):
                 self._accumulator.add(rows)
             with self._rows_lock:
                 for item in batch:
@@ -354,7 +381,7 @@ class Engine:
             raise ValueError("energy and semi-angle cannot be changed while scanning")
         self.wait_until_ready()
         setup = replace(self.setup, probe=probe, method=method)
-        plan = MemoryPlan.of(setup, self.device)
+        plan = MemoryPlan.of(setup, self.device, held=self.plan)
         plan.check(self.device, held=self.plan)
         if "phase" not in setup.channels:
             with self._compute_lock:
@@ -374,16 +401,65 @@ class Engine:
             self._last_view = self.view() if self._accumulator is not None else self._last_view
             # The old kernels go before the new ones come: both together were not planned for. Meanwhile rows go on
             # into the ring, and viewers see what there was.
+            if isinstance(self._accumulator, SweepingAccumulator):
+                self._accumulator.call_off()
             self._accumulator = None
             self.setup, self.plan = setup, plan
-        self._coming = coming = self._make_accumulator(setup.make_kernels(self.device))
+        with self._sweep_lock:  # the old kernels' last sweep holds some of them until it ends
+            pass
+        self._coming = coming = self._make_accumulator(setup, plan)
+        if isinstance(coming, SweepingAccumulator):
+            while not self._sweep(coming):
+                if self._closing:
+                    return
         while True:
             with self._compute_lock:
                 rows = coming.missing()[:BATCH_ROWS]
-                if len(rows) == 0:
+                if len(rows) == 0 or isinstance(coming, SweepingAccumulator):
                     self._accumulator, self._coming, self._last_view = coming, None, None
                     return
                 coming.add(rows)
+
+    def _sweep(self, accumulator: SweepingAccumulator) -> bool:
+        """Let the rows that wait into its Psi, after a sweep that is under way; False where it was called off."""
+        with self._sweep_lock:
+            if self._closing:
+                return False
+            with self._compute_lock:
+                if accumulator not in (self._accumulator, self._coming):
+                    return False
+                sweep = accumulator.begin(self._mean_intensity())
+            began = time.monotonic()
+            done = False
+            try:
+                done = accumulator.run(sweep, lambda: not self._closing)
+            finally:
+                with self._compute_lock:
+                    self._next_sweep = 2 * time.monotonic() - began
+                    if not (done := done and accumulator.end(sweep)):
+                        accumulator.call_off()
+            return done
+
+    def _let_wait_no_longer(self) -> None:
+        """Wait until every row that is there by now is in the image. Raises ``DoesNotFit``."""
+        while isinstance(accumulator := self._accumulator, SweepingAccumulator) and not self._closing:
+            with self._compute_lock:
+                waiting = len(accumulator.missing())
+            try:
+                if not waiting or self._sweep(accumulator):
+                    return
+            except Exception as error:  # memory that the plan did not foresee, or the device's own errors
+                raise DoesNotFit(f"the kernels could not be made: {error}") from error
+
+    def _begin_sweep(self) -> None:
+        """Have a sweep in the background, if there is cause. With the compute lock in hand."""
+        accumulator = self._accumulator
+        if not isinstance(accumulator, SweepingAccumulator) or self._closing or time.monotonic() < self._next_sweep:
+            return
+        if self._sweep_lock.locked() or not (self._sweeping is None or self._sweeping.done()):
+            return
+        if len(accumulator.missing()):
+            self._sweeping = self._executor.submit(self._sweep, accumulator)
 
     def reset(self) -> None:
         """Forget every row and the mean pattern; counters stay. Rows to come are shown as they come."""
@@ -426,22 +502,26 @@ class Engine:
     def object(self) -> np.ndarray:
         """The complex object, complex64 scan shape; ones before the first row. See ``Accumulator.object``.
 
-        Waits for kernels that are being made. Raises ``DoesNotFit`` when that has failed, and ``ConfigurationError``
-        where the phase is left out.
+        Waits for kernels that are being made, and for a sweep where rows wait for one. Raises ``DoesNotFit`` when that
+        has failed, and ``ConfigurationError`` where the phase is left out.
         """
         if "phase" not in self.setup.channels:
             raise ConfigurationError(f"there is no object without the phase; {left_out_sentence(self.setup.left_out)}")
         self.wait_until_ready()
-        with self._changing, self._compute_lock:
-            return self._object()
+        with self._changing:
+            self._let_wait_no_longer()
+            with self._compute_lock:
+                return self._object()
 
     def _object(self) -> np.ndarray:
-        mean_intensity = self._mean_intensity()
+        mean_intensity, accumulator = self._mean_intensity(), self._accumulator
         if mean_intensity is None:
             return np.ones(self.setup.scan.shape, np.complex64)
-        if self._accumulator is None:  # nothing of it is known yet
+        if isinstance(accumulator, SweepingAccumulator):
+            mean_intensity = accumulator.mean_intensity  # of the rows that its image shows
+        if accumulator is None or mean_intensity is None:  # nothing of it is known yet
             return np.full(self.setup.scan.shape, np.nan, np.complex64)
-        return self._accumulator.object(mean_intensity)
+        return accumulator.object(mean_intensity)
 
     def _mean_intensity(self) -> float | None:
         """Mean counts of a frame; a missing frame counts as its row's mean, a missing row as the mean row."""
@@ -474,9 +554,11 @@ class Engine:
             acquired = self._ring.acquired
             if names & {"phase", "amplitude"}:
                 obj = self._object()
-                obj[~acquired] = np.nan
+                unknown = ~acquired if self._accumulator is None else ~(acquired & self._accumulator.in_psi)
+                obj[unknown] = np.nan
                 out["phase"], out["amplitude"] = np.angle(obj), np.abs(obj)
-                out["phase"][~acquired] = np.nan
+                out["phase"][unknown] = np.nan
+                self._begin_sweep()
             frames = np.where(self._ring.frames > 0, self._ring.frames, np.nan) if columns else np.nan
             sums = {column: self._sums[..., column] / frames for column in columns}
         if "bright_field" in names:

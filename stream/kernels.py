@@ -10,6 +10,7 @@ other half follows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -183,6 +184,8 @@ class Passband:
     """bool (entries,): Psi(-q) = -conj(Psi(q)) follows from this direct entry"""
     groups: tuple[range, ...]
     """runs of columns with equal numbers of entries, for which one batched matrix product does"""
+    first_column: int = 0
+    """the qx bin of column 0: not 0 in a part of a passband"""
 
     @classmethod
     @lru_cache(maxsize=4)  # it is asked for again with every plan, and takes a second for thousands of rows
@@ -230,7 +233,21 @@ class Passband:
 
     def column(self) -> np.ndarray:
         """The qx bin of each entry, int64 (entries,)."""
-        return np.repeat(np.arange(self.column_count), np.diff(self.columns))
+        return np.repeat(self.first_column + np.arange(self.column_count), np.diff(self.columns))
+
+    def part(self, columns: range) -> Passband:
+        """Some of the columns, for a block of kernels. It fills no spectrum of its own."""
+        entries = slice(int(self.columns[columns.start]), int(self.columns[columns.stop]))
+        groups = [range(max(g.start, columns.start), min(g.stop, columns.stop)) for g in self.groups]
+        return Passband(
+            self.scan_shape,
+            self.columns[columns.start : columns.stop + 1] - entries.start,
+            self.row[entries],
+            self.mirrored[entries],
+            self.follows[entries],
+            tuple(range(g.start - columns.start, g.stop - columns.start) for g in groups if len(g)),
+            self.first_column + columns.start,
+        )
 
     def frequencies(self, scan_step: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
         """The (row, column) components of the frequency that each entry's kernel is evaluated at [1/Å], scan frame."""
@@ -321,6 +338,109 @@ class RunTable:
         return self.step * (runs[:, 0] - runs[:, 1])
 
 
+@dataclass(frozen=True)
+class StreamedKernels:
+    """T(k;q) where a table of it would be too large: made anew for every sweep over the passband, block by block.
+
+    ``k``, ``scan_step``: as for :func:`make_kernels`; ``blocks``: the qx bins of each, from :func:`column_blocks`.
+    ``at_zero``: the kernel of qx bin 0, which is kept.
+    """
+
+    method: Method
+    probe: Probe
+    k: tuple[np.ndarray, np.ndarray]
+    passband: Passband
+    scan_step: tuple[float, float]
+    device: Device
+    blocks: tuple[range, ...]
+    at_zero: KernelTable
+
+    @property
+    def pixels(self) -> int:
+        return len(self.k[0])
+
+    @property
+    def nbytes(self) -> int:
+        """What is held during a sweep, at most."""
+        return self.at_zero.nbytes + self._elements * self.at_zero.weights.dtype.itemsize
+
+    @property
+    def _elements(self) -> int:
+        return self.pixels * max((_entries_in(self.passband, block) for block in self.blocks), default=0)
+
+    def tables(
+        self, go_on: Callable[[], bool], executor: Executor | None = None, threads: int = 1
+    ) -> Iterator[tuple[slice, KernelTable]]:
+        """Each block after the others: (its entries, its table). All lie in the same memory: only the last one counts.
+
+        ``executor`` with ``threads`` shares the work on the CPU. Ends early when ``go_on``, which is asked many times a
+        second and by every thread, says no: then it must go on saying so.
+        """
+        memory = self.device.xp.empty(self._elements, self.at_zero.weights.dtype)
+        for block in self.blocks:
+            part = self.passband.part(block)
+            weights = memory[: part.entries * self.pixels].reshape(part.entries, self.pixels)
+            if executor is None or threads == 1:
+                self._fill(iter([block]), block, weights, go_on)
+            else:
+                # Of a list, as a generator cannot be asked by two threads at a time.
+                columns = iter([range(column, column + 1) for column in block])
+                self._share(columns, block, weights, go_on, executor, threads)
+            if not go_on():
+                return
+            first = int(self.passband.columns[block.start])
+            yield slice(first, first + part.entries), KernelTable(self.method, part, weights)
+
+    def _share(
+        self,
+        parts: Iterator[range],
+        block: range,
+        weights: Any,
+        go_on: Callable[[], bool],
+        executor: Executor,
+        threads: int,
+    ) -> None:
+        others = [executor.submit(self._fill, parts, block, weights, go_on) for _ in range(threads - 1)]
+        try:
+            self._fill(parts, block, weights, go_on)
+        finally:
+            # A thread that has not begun by now would find nothing left to do.
+            for other in others:
+                if not other.cancel():
+                    other.result()
+
+    def _fill(self, parts: Iterator[range], block: range, weights: Any, go_on: Callable[[], bool]) -> None:
+        """Make the kernels of ``parts`` of a block, until none is left."""
+        starts = self.passband.columns - self.passband.columns[block.start]
+        for columns in parts:
+            own = weights[int(starts[columns.start]) : int(starts[columns.stop])]
+            band = self.passband.part(columns)
+            for some, values in _blocks(self.method, self.probe, self.k, band, self.scan_step, self.device):
+                if not go_on():
+                    return
+                own[some] = values
+
+    def sums_at_zero(self, pattern: Any) -> Any:
+        """sum_k T(k;q) pattern(k) for the entries of qx bin 0; ``pattern`` (K,) on the device."""
+        return self.at_zero.sums_at_zero(pattern)
+
+
+def _entries_in(passband: Passband, columns: range) -> int:
+    return int(passband.columns[columns.stop] - passband.columns[columns.start])
+
+
+def column_blocks(passband: Passband, pixels: int, real: bool, most_bytes: int) -> tuple[range, ...]:
+    """The passband's columns in runs whose kernels take at most ``most_bytes``, or are those of a single column."""
+    blocks: list[range] = []
+    first = 0
+    for stop in range(1, passband.column_count + 1):
+        end = stop == passband.column_count
+        if end or table_bytes(passband, pixels, real, range(first, stop + 1)) > most_bytes:
+            blocks.append(range(first, stop))
+            first = stop
+    return tuple(blocks)
+
+
 #: Ends of runs in a detector row, at most: on either side of the line k.q = 0 the weights have one sign, and what is
 #: not 0 there lies outside the disk in which A(k-q) and A(k+q) are equal: two runs a side, with two ends each.
 _ENDS_PER_ROW = 8
@@ -336,9 +456,10 @@ def _lookup_dtype(pixels: int) -> np.dtype:
     return np.dtype(np.uint16 if pixels <= 1 << 16 else np.uint32)
 
 
-def table_bytes(passband: Passband, pixels: int, real: bool) -> int:
-    """Memory of a kernel table in bytes."""
-    return passband.entries * pixels * (4 if real else 8)
+def table_bytes(passband: Passband, pixels: int, real: bool, columns: range | None = None) -> int:
+    """Memory of a kernel table in bytes, of all or some of the passband's columns."""
+    entries = passband.entries if columns is None else _entries_in(passband, columns)
+    return entries * pixels * (4 if real else 8)
 
 
 def is_real_kernel(method: Method, probe: Probe) -> bool:
@@ -363,6 +484,21 @@ def make_kernels(
     for part, block in _blocks(method, probe, k, passband, scan_step, device):
         weights[part] = block
     return KernelTable(method, passband, weights)
+
+
+def stream_kernels(
+    method: Method,
+    probe: Probe,
+    k: tuple[np.ndarray, np.ndarray],
+    passband: Passband,
+    scan_step: tuple[float, float],
+    device: Device,
+    most_bytes: int,
+) -> StreamedKernels:
+    """The kernel of :func:`make_kernels`, to be made in blocks of ``most_bytes`` or of one column."""
+    at_zero = make_kernels(method, probe, k, passband.part(range(1)), scan_step, device)
+    blocks = column_blocks(passband, len(k[0]), at_zero.is_real, most_bytes)
+    return StreamedKernels(method, probe, k, passband, scan_step, device, blocks, at_zero)
 
 
 def make_runs(

@@ -140,6 +140,11 @@ class Reconstruction:
                 "no scan frequency of this scan lies within 2 alpha / lambda, so the phase will be empty: check "
                 "scan_step_angstrom and semiangle_mrad"
             )
+        if engine.plan.block_bytes is not None:
+            self._note(
+                "the kernels would take too much memory at a time, so they are made in blocks: the phase is renewed "
+                "every so often, with all rows that came by then, and no frame waits for it"
+            )
         self._note_frames(setup.scan, setup.passes)
         for frames, reason in self._unread:
             engine.undecodable(frames, reason)

@@ -7,6 +7,7 @@ Everything that is ever shown can be made again from here: new optics need no ne
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class RowRing:
         size = math.prod(scan_shape) * pixels
         memory = device.xp.empty(size + _SLACK, ring_dtype(dtype, averaging))
         self._counts = memory[:size].reshape(*scan_shape, pixels)
+        self._aside: dict[int, Any] = {}
 
     @property
     def acquired(self) -> np.ndarray:
@@ -82,12 +84,14 @@ class RowRing:
         """The counts as they lie, (scan rows, columns, K) with 16 elements of slack behind them, and what to do with
         them: float32 (len(rows),) by which to multiply each of ``rows`` to get mean counts a frame.
 
-        NaN for a row in which positions have different numbers of frames. These rows, in their order, are the third
-        item: float32 (any, columns, K) with slack, as from :meth:`filled`; None where there are none.
+        NaN for a row in which positions have different numbers of frames, or that was set aside. These rows, in their
+        order, are the third item: float32 (any, columns, K) with slack, as from :meth:`filled`; None where there are
+        none.
         """
         frames = self.frames[rows]
         least = frames.min(axis=1)
-        uneven = (least == 0) | (frames.max(axis=1) != least)
+        aside = np.array([int(row) in self._aside for row in rows], bool)
+        uneven = (least == 0) | (frames.max(axis=1) != least) | aside
         scale = np.where(uneven, np.nan, 1 / np.maximum(least, 1)).astype(np.float32)
         return self._counts, scale, self.filled(rows[uneven]) if uneven.any() else None
 
@@ -100,7 +104,7 @@ class RowRing:
         shape = (len(rows), *self._counts.shape[1:])
         out = xp.empty(math.prod(shape) + _SLACK, np.float32)[:-_SLACK].reshape(shape)
         for i, row in enumerate(rows):
-            out[i] = self._counts[row]
+            out[i] = self._aside.get(int(row), self._counts[row])
             frames = self.frames[row]
             if (frames == 1).all():
                 continue
@@ -109,3 +113,26 @@ class RowRing:
             if not (frames > 0).all():
                 out[i, xp.asarray(np.flatnonzero(frames == 0))] = out[i, held].mean(axis=0)
         return out
+
+    def set_aside(self, rows: Iterable[int]) -> int:
+        """How many of ``rows`` lie elsewhere than in the ring. What was read while it grew must be read again."""
+        return sum(int(row) in self._aside for row in rows)
+
+
+class FrozenRing(RowRing):
+    """A ring as it is at this moment, for a reader that does not lock, while rows go on into ``ring``.
+
+    It shares the counts. Frames that come later to a row's gaps change nothing here: what is held is written down in
+    ``frames``. A row that is written over, or added to, must be put aside first.
+    """
+
+    def __init__(self, ring: RowRing) -> None:
+        self.__dict__.update(ring.__dict__)
+        self.pass_of_row, self.frames = ring.pass_of_row.copy(), ring.frames.copy()
+        self._aside = {}
+
+    def put_aside(self, rows: Iterable[int]) -> None:
+        """Copy what ``rows`` (acquired) hold now, unless that was done before."""
+        for row in rows:
+            if int(row) not in self._aside:
+                self._aside[int(row)] = self._counts[row].copy()

@@ -62,9 +62,10 @@ def _factors(length: int) -> list[int]:
 
 @dataclass(frozen=True)
 class RowFft:
-    """The transform of scan rows with ``length`` positions, of which the first ``columns`` qx bins are wanted."""
+    """The transform of scan rows with ``length`` positions: ``columns`` qx bins of it, from ``first`` on."""
 
     length: int
+    first: int
     columns: int
     factors: np.ndarray
     twiddles: np.ndarray
@@ -73,7 +74,7 @@ class RowFft:
     """complex64: exp(-2 pi i j / radix), j < radix, of each pass"""
 
     @classmethod
-    def plan(cls, length: int, columns: int) -> RowFft:
+    def plan(cls, length: int, columns: int, first: int = 0) -> RowFft:
         factors = _factors(length)
         twiddles, roots = [np.zeros(0)], [np.zeros(0)]
         n = length
@@ -84,6 +85,7 @@ class RowFft:
             n //= radix
         return cls(
             length,
+            first,
             columns,
             np.array(factors, np.int64),
             np.concatenate(twiddles).astype(np.complex64),
@@ -118,8 +120,8 @@ class RowFft:
         offsets = np.where(from_filled, 4 * (np.cumsum(from_filled) - 1), item * rows) * self.length * pixels
         halves = np.where(from_filled, 0.5, scale * 0.5).astype(np.float32)
         _transform(
-            next_part, _bytes(counts), _bytes(filled), kinds, item, offsets, halves, self.length, pixels, self.columns,
-            self.factors, self.twiddles, self.roots, work, spectra.reshape(-1),
+            next_part, _bytes(counts), _bytes(filled), kinds, item, offsets, halves, self.length, pixels, self.first,
+            self.columns, self.factors, self.twiddles, self.roots, work, spectra.reshape(-1),
         )  # fmt: skip
 
 
@@ -239,7 +241,7 @@ def _fft(x: Any, a: int, b: int, other: int, length: int, factors: Any, twiddles
 @_compiled
 def _transform(
     next_part: Any, counts: Any, filled: Any, kinds: Any, item: int, offsets: Any, scale: Any, length: int,
-    pixels: int, columns: int, factors: Any, twiddles: Any, roots: Any, work: Any, spectra: Any,
+    pixels: int, first_column: int, columns: int, factors: Any, twiddles: Any, roots: Any, work: Any, spectra: Any,
 ) -> None:  # fmt: skip
     value = 2 * LANES
     one = length * value
@@ -264,10 +266,10 @@ def _transform(
             store_transposed(square, work, x * value, one)
         for pair in range((count + 1) // 2):
             z = _fft(work, pair * one, 8 * one, 9 * one, length, factors, twiddles, roots)
-            for q in range(columns):
+            for q in range(first_column, first_column + columns):
                 i, j = z + q * value, z + (length - q if q else 0) * value
                 r1, i1, r2, i2 = load(work, i), load(work, i + LANES), load(work, j), load(work, j + LANES)
-                o = (q * pixels + first + 2 * pair) * value
+                o = ((q - first_column) * pixels + first + 2 * pair) * value
                 store(spectra, o, r1 + r2)
                 store(spectra, o + LANES, i1 - i2)
                 if 2 * pair + 1 < count:

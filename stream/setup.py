@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,10 +17,13 @@ from stream.kernels import (
     Method,
     Passband,
     RunTable,
+    StreamedKernels,
+    column_blocks,
     is_real_kernel,
     make_kernels,
     make_runs,
     run_table_bytes,
+    stream_kernels,
     table_bytes,
 )
 from stream.optics import Probe
@@ -41,6 +44,15 @@ _POSITION_BYTES = 160
 #: Tables, sums and the scratch of two decoding threads, per detector pixel.
 DETECTOR_PIXEL_BYTES = 80
 
+#: A plan may take this share of the free memory.
+_MOST_OF_FREE = 0.9
+
+#: Kernels take no more than this share of the free memory; larger tables are made in blocks ...
+_KERNEL_SHARE = 0.5
+#: ... of up to this many bytes, and of at least one qx bin. All rows are transformed anew for each block: where there
+#: are 512 x 512 positions, that takes as long as making 150 MB of kernels.
+_BLOCK_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -49,7 +61,8 @@ class Setup:
     ``scan_step`` (row, column) [Å]; ``dtype`` of the frames; ``passes`` None for continuous scanning; ``averaging``
     averages the passes instead of letting the newest one replace the others. ``maximum_is_masked``: pixels of the
     dtype's largest value are not counts. ``channels``: which images are made, by names of ``IMAGE_CHANNELS``; without
-    ``phase`` no bright-field pixels are kept and nothing is contracted.
+    ``phase`` no bright-field pixels are kept and nothing is contracted. ``kernel_bytes``: how large a kernel table may
+    be; larger ones are made in blocks of at most as much. None: half of the free memory, and blocks of up to 1 GiB.
     """
 
     geometry: DetectorGeometry
@@ -62,6 +75,7 @@ class Setup:
     averaging: bool = False
     maximum_is_masked: bool = False
     channels: frozenset[str] = frozenset(IMAGE_CHANNELS)
+    kernel_bytes: int | None = None
 
     @property
     def image_names(self) -> tuple[str, ...]:
@@ -99,6 +113,11 @@ class Setup:
             return make_runs(self.method, self.probe, k, self.detector_rows, self.passband, self.scan_step, device)
         return make_kernels(self.method, self.probe, k, self.passband, self.scan_step, device)
 
+    def stream_kernels(self, device: Device, block_bytes: int) -> StreamedKernels:
+        """The same, to be made in blocks of ``block_bytes`` (or one qx bin) whenever they are needed."""
+        k = self.geometry.bf_k(self.probe.wavelength)
+        return stream_kernels(self.method, self.probe, k, self.passband, self.scan_step, device, block_bytes)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -109,10 +128,18 @@ class MemoryPlan:
     contracted: int
     work: int
     open_rows: int
+    set_aside: int = 0
+    """rows that changed in the ring while a sweep was reading them"""
+    block_bytes: int | None = None
+    """where kernels are made in blocks: how large these may be"""
 
     @classmethod
-    def of(cls, setup: Setup, device: Device | None = None) -> MemoryPlan:
-        """The plan for ``device``, by default the CPU."""
+    def of(cls, setup: Setup, device: Device | None = None, held: MemoryPlan | None = None) -> MemoryPlan:
+        """The plan for ``device``, by default the CPU.
+
+        Kernels are made in blocks where a table would take more than ``setup.kernel_bytes``, or else would not fit or
+        take more than half of what is free, if that takes less memory altogether. ``held``: as for :meth:`check`.
+        """
         device = device or choose_device("cpu")
         pixels = len(setup.geometry.bf_pixels)
         shape, dtype = setup.scan.shape, setup.dtype
@@ -121,7 +148,7 @@ class MemoryPlan:
         if "phase" not in setup.channels:
             return cls(ring=0, kernels=0, contracted=0, work=images, open_rows=opened)
         passband = setup.passband
-        return cls(
+        whole = cls(
             ring=ring_bytes(shape, pixels, dtype, setup.averaging),
             kernels=run_table_bytes(passband, pixels, len(np.unique(setup.detector_rows)))
             if setup.has_runs(device)
@@ -130,10 +157,43 @@ class MemoryPlan:
             work=batch_bytes(shape, pixels, passband.column_count, device) + images,
             open_rows=opened,
         )
+        if setup.has_runs(device):
+            return whole
+        if setup.kernel_bytes is not None:
+            if whole.kernels <= setup.kernel_bytes:
+                return whole
+            return whole._in_blocks(setup, device, setup.kernel_bytes)
+        free = _free_bytes(device, held)
+        if whole.kernels <= _KERNEL_SHARE * free and whole.total <= _MOST_OF_FREE * free:
+            return whole
+        least = whole._in_blocks(setup, device, 0)
+        spare = int(_MOST_OF_FREE * free) - least.total
+        blocks = whole._in_blocks(setup, device, min(_BLOCK_BYTES, spare // 2)) if spare > 0 else least
+        return blocks if blocks.total < whole.total else whole
+
+    def _in_blocks(self, setup: Setup, device: Device, block_bytes: int) -> MemoryPlan:
+        """The same with kernels in blocks."""
+        passband, (ny, nx) = setup.passband, setup.scan.shape
+        pixels = len(setup.geometry.bf_pixels)
+        real = is_real_kernel(setup.method, setup.probe)
+        blocks = column_blocks(passband, pixels, real, block_bytes)
+        columns = max(len(block) for block in blocks)
+        sizes = (table_bytes(passband, pixels, real, block) for block in (range(1), *blocks))
+        # The Psi and row sums that a sweep works on, besides those of the image, and which frames it has found.
+        sweep = passband.entries * 16 + ny * pixels * 4 + 4 * ny * nx
+        return replace(
+            self,
+            kernels=next(sizes) + max(sizes),
+            contracted=0,
+            work=self.work - batch_bytes((ny, nx), pixels, passband.column_count, device)
+            + batch_bytes((ny, nx), pixels, columns, device) + sweep,
+            set_aside=self.ring if setup.passes != 1 else 0,
+            block_bytes=block_bytes,
+        )  # fmt: skip
 
     @property
     def device_bytes(self) -> int:
-        return self.ring + self.kernels + self.contracted + self.work
+        return self.ring + self.kernels + self.contracted + self.set_aside + self.work
 
     @property
     def total(self) -> int:
@@ -145,8 +205,8 @@ class MemoryPlan:
 
         ``held``: the plan whose memory is in use already and will be used again.
         """
-        free = device.free_bytes() + (0 if held is None else held.total)
-        if self.total > 0.9 * free:
+        free = _free_bytes(device, held)
+        if self.total > _MOST_OF_FREE * free:
             raise DoesNotFit(
                 f"this reconstruction needs {self.total / 1e9:.2f} GB on the {device.name} ({self}), and "
                 f"{free / 1e9:.2f} GB are free: use a smaller scan, a smaller semiangle_mrad (fewer "
@@ -156,12 +216,17 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = {
             "ring": self.ring,
-            "kernels": self.kernels,
+            "kernels" if self.block_bytes is None else "kernels in blocks": self.kernels,
             "contracted rows": self.contracted,
+            "rows set aside": self.set_aside,
             "work": self.work,
             "open rows": self.open_rows,
         }
         return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items() if size)
+
+
+def _free_bytes(device: Device, held: MemoryPlan | None) -> int:
+    return device.free_bytes() + (0 if held is None else held.total)
 
 
 def batch_bytes(scan_shape: tuple[int, int], pixels: int, columns: int, device: Device) -> int:
