@@ -237,13 +237,13 @@ class Session:
             for task in (intake, *helpers):
                 task.cancel()
             await asyncio.gather(intake, *helpers, return_exceptions=True)
-            self._acquisition.close()
             try:
-                await self._emit()
+                await self._emit()  # before the engine's threads end: rows may still wait for it
             finally:  # whatever happened, nobody must wait for more snapshots
                 async with self._fresh:
                     self._over = True
                     self._fresh.notify_all()
+                self._acquisition.close()
 
     async def _intake(self) -> None:
         """Take messages until the last series has ended."""

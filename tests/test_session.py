@@ -22,7 +22,7 @@ from detectors.simulator.misbehaviour import Misbehaviour
 from detectors.simulator.simulation import SimulatedScan
 from stream.api import Result, Session, open_session
 from stream.config import Layer
-from stream.recording import open_recording
+from stream.recording import Recorder, open_recording
 from tests.live_helpers import (
     ANY_PORT,
     COLUMNS,
@@ -859,6 +859,31 @@ async def test_a_recording_that_exists_is_not_replaced(tmp_path: Path, patterns:
     with pytest.raises(DataFileError, match="exists"):
         await sent_plainly(send, record=path)
     assert path.read_bytes() == b"precious"
+
+
+async def test_an_error_is_told_and_what_came_is_shown(
+    tmp_path: Path, patterns: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows that are closed and not in the image yet must not get into the error's way.
+    async def send(sender: PlainSender) -> None:
+        await sender.start()
+        await sender.frames([frame.tobytes() for frame in patterns])
+
+    def full(*_: object) -> None:
+        assert session.reconstruction is not None
+        assert session.reconstruction.engine is not None
+        session.reconstruction.engine.wait_until_ready()
+        raise DataFileError("the disk is full")
+
+    monkeypatch.setattr(Recorder, "write", full)
+    monkeypatch.setattr(Session, "_publish", lambda self: asyncio.Event().wait())
+    async with plainly(send) as endpoint:
+        with pytest.raises(DataFileError, match="the disk is full"):
+            async with Session(live_options(endpoint, record=tmp_path / "s.h5")) as session:
+                await patiently(session.wait())
+    assert session.snapshot.state == "failed"
+    assert session.snapshot.rows_acquired == ROWS
+    assert np.isfinite(session.snapshot.images["phase"]).all()
 
 
 async def test_a_result_does_not_replace_the_recording_of_its_own_series(tmp_path: Path, patterns: np.ndarray) -> None:
