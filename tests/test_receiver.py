@@ -261,6 +261,28 @@ async def test_a_silence_is_noticed() -> None:
         assert await patiently(receiver.get(0.01)) is None
 
 
+async def test_a_socket_with_few_messages_gets_its_turn_beside_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "FULL_PARTS", 4)
+    async with PlainSender() as busy, PlainSender() as quiet, Receiver([busy.endpoint, quiet.endpoint]) as receiver:
+
+        async def send() -> None:
+            while True:
+                await busy.raw(b"x")
+
+        async def next_socket() -> int:
+            lease = await patiently(receiver.get(full=True))
+            assert lease is not None
+            lease.release()
+            return lease.batch.socket_index
+
+        async with sending(send):
+            await quiet.raw(b"y")
+            came = receiver._channels[1]
+            while came.slab is None or not came.slab.count:
+                assert await next_socket() == 0
+            assert 1 in [await next_socket() for _ in range(3)]
+
+
 @pytest.mark.usefixtures("how")
 @either_drain
 @pytest.mark.parametrize("parts", [[1001], [1, 1001], [1001, 1, 1], [1000] * 5, [900] * 40])
