@@ -346,9 +346,11 @@ class Session:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_STATUS_S):
                     await self._news.wait()
+            # Rows also come without frames: when a silence closes them.
+            fresh = self._news.is_set() or self._acquisition.changed
             self._news.clear()
             started = time.monotonic()
-            if self._acquisition.changed or started - last >= _SLOWEST_S:
+            if fresh or started - last >= _SLOWEST_S:
                 last = started
                 rows_s, images_s = await self._emit()
                 share = _BUSY_SHARE if load.busy() else _SHARE

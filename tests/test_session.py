@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import zmq
 
+import stream.acquisition as acquisition_module
 import stream.reconstruction as reconstruction_module
+import stream.session as session_module
 from detectors.codec import encode
 from detectors.errors import ConfigurationError, ConnectionFailed, DataFileError, DoesNotFit
 from detectors.messages import Encoding
@@ -832,6 +834,18 @@ async def test_rows_that_cannot_complete_are_shown_after_a_while(patterns: np.nd
         snapshot = await snapshot_where(session, lambda s: s.counters.missing == 0)
         assert snapshot.counters.late == 0
         assert np.isfinite(snapshot.images["bright_field"][:2]).all()
+
+
+async def test_rows_closed_by_a_silence_are_shown_without_any_other_news(
+    patterns: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_SLOWEST_S", math.inf)
+    monkeypatch.setattr(acquisition_module, "_SILENT_S", math.inf)
+    async with PlainSender() as sender, Session(live_options(sender.endpoint, row_timeout_s=0.3)) as session:
+        await sender.start()
+        await sender.scan(patterns, range(COLUMNS + 3))
+        snapshot = await snapshot_where(session, lambda s: s.rows_acquired == 2)
+        assert snapshot.state == "scanning", "and not only at the end"
 
 
 async def test_the_api_opens_a_session(expected: Result, tmp_path: Path) -> None:
