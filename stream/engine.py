@@ -143,8 +143,9 @@ class Engine:
                 raise DoesNotFit(f"the kernels could not be made: {error}") from error
 
     def close(self) -> None:
-        """End the engine's threads. Images can still be taken."""
-        self._closing = True
+        """End the engine's threads. Images can still be taken; rows that wait do not get into them any more."""
+        with self._compute_lock:  # never in the middle of a batch, which needs the threads
+            self._closing = True
         self._executor.shutdown(wait=True)
 
     def _make_accumulator(self, kernels: KernelTable | RunTable) -> Accumulator:
@@ -257,6 +258,8 @@ class Engine:
                     self._assembler.close_oldest()
             if slots is not None:
                 return slots
+            if self._closing:
+                raise RuntimeError("frames for an engine that is closed")
             self.accumulate()
 
     def undecodable(self, frames: int, reason: str) -> None:
@@ -293,11 +296,13 @@ class Engine:
     @property
     def closed_rows(self) -> int:
         """Rows that wait for ``accumulate``."""
-        return len(self._assembler.closed)
+        return 0 if self._closing else len(self._assembler.closed)
 
     def accumulate(self, most: int = BATCH_ROWS) -> int:
         """Take up to ``most`` closed rows into the ring and into Psi; returns how many."""
         with self._compute_lock:
+            if self._closing:
+                return 0
             batch: list[ClosedRow] = []
             with self._rows_lock:
                 closed = self._assembler.closed
