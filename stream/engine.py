@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import traceback
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -369,7 +370,9 @@ class Engine:
             try:
                 self._contract_anew(setup, plan)
             except Exception as error:
-                # The scan must not be lost with it: back to what could be done before.
+                # The scan must not be lost with it: back to what could be done before, for which the memory is needed
+                # that the failed attempt holds.
+                traceback.clear_frames(error.__traceback__)
                 self._contract_anew(*before)
                 raise DoesNotFit(f"the new optics could not be applied ({error}); the old ones are kept") from error
 
@@ -378,7 +381,7 @@ class Engine:
             self._last_view = self.view() if self._accumulator is not None else self._last_view
             # The old kernels go before the new ones come: both together were not planned for. Meanwhile rows go on
             # into the ring, and viewers see what there was.
-            self._accumulator = None
+            self._accumulator = self._coming = None
             self.setup, self.plan = setup, plan
         self._coming = coming = self._make_accumulator(setup.make_kernels(self.device))
         while True:
