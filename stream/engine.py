@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -154,8 +155,12 @@ class Engine:
                 raise DoesNotFit(f"the kernels could not be made: {error}") from error
 
     def close(self) -> None:
-        """End the engine's threads, and a sweep that is under way. Images can still be taken."""
-        self._closing = True
+        """End the engine's threads, and a sweep that is under way.
+
+        Images can still be taken; rows that wait do not get into them any more.
+        """
+        with self._compute_lock:  # never in the middle of a batch, which needs the threads
+            self._closing = True
         with self._sweep_lock:  # it uses threads of the executor to its end; none begins after this
             pass
         self._executor.shutdown(wait=True)
@@ -282,6 +287,8 @@ class Engine:
                     self._assembler.close_oldest()
             if slots is not None:
                 return slots
+            if self._closing:
+                raise RuntimeError("frames for an engine that is closed")
             self.accumulate()
 
     def undecodable(self, frames: int, reason: str) -> None:
@@ -320,11 +327,13 @@ class Engine:
     @property
     def closed_rows(self) -> int:
         """Rows that wait for ``accumulate``."""
-        return len(self._assembler.closed)
+        return 0 if self._closing else len(self._assembler.closed)
 
     def accumulate(self, most: int = BATCH_ROWS) -> int:
         """Take up to ``most`` closed rows into the ring and into Psi; returns how many."""
         with self._compute_lock:
+            if self._closing:
+                return 0
             batch: list[ClosedRow] = []
             with self._rows_lock:
                 closed = self._assembler.closed
@@ -392,7 +401,9 @@ class Engine:
             try:
                 self._contract_anew(setup, plan)
             except Exception as error:
-                # The scan must not be lost with it: back to what could be done before.
+                # The scan must not be lost with it: back to what could be done before, for which the memory is needed
+                # that the failed attempt holds.
+                traceback.clear_frames(error.__traceback__)
                 self._contract_anew(*before)
                 raise DoesNotFit(f"the new optics could not be applied ({error}); the old ones are kept") from error
 
@@ -403,7 +414,7 @@ class Engine:
             # into the ring, and viewers see what there was.
             if isinstance(self._accumulator, SweepingAccumulator):
                 self._accumulator.call_off()
-            self._accumulator = None
+            self._accumulator = self._coming = None
             self.setup, self.plan = setup, plan
         with self._sweep_lock:  # the old kernels' last sweep holds some of them until it ends
             pass

@@ -48,8 +48,10 @@ class _Translation:
     async def next(self, timeout_s: float) -> tuple[Lease, list[Message]] | None:
         """The next batch, which is to be released; None when nothing came for so long."""
         if self._ahead is not None and self._begun:
-            ahead, self._ahead = self._ahead, None
-            return await ahead
+            # It is let go of afterwards: should this be cancelled, ``stop`` gives the batch back.
+            found = await self._ahead
+            self._ahead = None
+            return found
         await self.stop()
         lease = await self._receiver.get(timeout_s)
         return None if lease is None else (lease, await self._translate(lease))
@@ -77,10 +79,14 @@ class _Translation:
 
     async def _translate(self, lease: Lease) -> list[Message]:
         feed, batch = self._decoders[lease.batch.socket_index].feed, lease.batch
-        if len(batch.offsets) < _FEW_PARTS:
-            return feed(batch)
-        (found,) = await in_threads(partial(feed, batch))
-        return found
+        try:
+            if len(batch.offsets) < _FEW_PARTS:
+                return feed(batch)
+            (found,) = await in_threads(partial(feed, batch))
+            return found
+        except BaseException:
+            lease.release()
+            raise
 
 
 async def messages(
@@ -101,24 +107,24 @@ async def messages(
     try:
         while True:
             found = await translation.next(tick_s)
-            if receiver.too_large > too_large:
-                yield Undecodable(
-                    "a message was larger than the receiver takes; send fewer frames a message",
-                    receiver.too_large - too_large,
-                )
-                too_large = receiver.too_large
-            if receiver.stray_bytes > stray:
-                text = f"{receiver.stray_bytes - stray} bytes between the messages belong to none of them"
-                yield Undecodable((advice(protocol, receiver.first_stray) if unknown else "") or text, 0)
-                stray = receiver.stray_bytes
-            if found is None:
-                silent += tick_s
-                yield Silence(silent)
-                continue
-            silent = 0.0
-            lease, decoded = found
-            index = lease.batch.socket_index
             try:
+                if receiver.too_large > too_large:
+                    yield Undecodable(
+                        "a message was larger than the receiver takes; send fewer frames a message",
+                        receiver.too_large - too_large,
+                    )
+                    too_large = receiver.too_large
+                if receiver.stray_bytes > stray:
+                    text = f"{receiver.stray_bytes - stray} bytes between the messages belong to none of them"
+                    yield Undecodable((advice(protocol, receiver.first_stray) if unknown else "") or text, 0)
+                    stray = receiver.stray_bytes
+                if found is None:
+                    silent += tick_s
+                    yield Silence(silent)
+                    continue
+                silent = 0.0
+                lease, decoded = found
+                index = lease.batch.socket_index
                 translation.go_ahead()
                 if index in unknown and all(isinstance(message, Undecodable) for message in decoded):
                     if text := advice(protocol, _first_part(lease.batch)):
@@ -129,7 +135,8 @@ async def messages(
                 for message in decoded:
                     yield message
             finally:
-                lease.release()
+                if found is not None:
+                    found[0].release()
     finally:
         await translation.stop()
 

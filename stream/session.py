@@ -242,13 +242,13 @@ class Session:
             for task in (intake, *helpers):
                 task.cancel()
             await asyncio.gather(intake, *helpers, return_exceptions=True)
-            self._acquisition.close()
             try:
-                await self._emit()
+                await self._emit()  # before the engine's threads end: rows may still wait for it
             finally:  # whatever happened, nobody must wait for more snapshots
                 async with self._fresh:
                     self._over = True
                     self._fresh.notify_all()
+                self._acquisition.close()
 
     async def _intake(self) -> None:
         """Take messages until the last series has ended."""
@@ -351,9 +351,11 @@ class Session:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_STATUS_S):
                     await self._news.wait()
+            # Rows also come without frames: when a silence closes them.
+            fresh = self._news.is_set() or self._acquisition.changed
             self._news.clear()
             started = time.monotonic()
-            if self._acquisition.changed or started - last >= _SLOWEST_S:
+            if fresh or started - last >= _SLOWEST_S:
                 last = started
                 rows_s, images_s = await self._emit()
                 share = _BUSY_SHARE if load.busy() else _SHARE

@@ -937,6 +937,23 @@ def test_frames_do_not_wait_for_the_kernels(aberrations: dict[str, float], monke
         engine.close()
 
 
+@BOTH
+def test_rows_that_wait_when_the_engine_is_closed_stay_outside(method: str) -> None:
+    case = Case()
+    counts = case.counts()
+    engine = Engine(case.setup(method), choose_device("cpu"), threads=2)
+    engine.add(block(counts, range(2 * case.scan[1])))
+    accumulate_all(engine)
+    engine.add(block(counts, range(2 * case.scan[1], 4 * case.scan[1])))
+    before = engine.object()
+    assert engine.closed_rows == 2
+    engine.close()
+    assert engine.closed_rows == 0, "nobody must wait for them"
+    assert engine.accumulate() == 0
+    assert engine.view().rows_acquired == 2
+    np.testing.assert_array_equal(engine.object(), before)
+
+
 def test_kernels_that_cannot_be_made_are_told_with_the_next_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(setup: Setup, device: Device) -> Any:
         raise MemoryError("no room")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import zmq
 import zmq.asyncio
 
 from detectors.errors import ConfigurationError, ConnectionFailed
-from detectors.messages import Encoding, FrameBlock, SeriesStart, Undecodable
+from detectors.messages import Encoding, FrameBlock, ReceivedBatch, SeriesStart, Undecodable
 from detectors.protocols.native import DTYPES
 from detectors.protocols.native import Decoder as NativeDecoder
 from detectors.protocols.native import Encoder as NativeEncoder
@@ -23,7 +25,7 @@ from stream.intake import Orphans, Silence, messages
 from stream.receiving import common, drain, zmq_receiver
 from stream.receiving.common import Slab
 from stream.receiving.zmq_receiver import ZmqReceiver as Receiver
-from tests.live_helpers import ANY_PORT, PlainSender, batch, patiently
+from tests.live_helpers import ANY_PORT, PATIENCE_S, PlainSender, batch, patiently
 
 Message = tuple[bytes, ...]
 
@@ -259,6 +261,69 @@ async def test_a_silence_is_noticed() -> None:
         await sender.raw(b"x")
         assert await received(receiver, 1) == [(b"x",)]
         assert await patiently(receiver.get(0.01)) is None
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_batch_is_given_back_when_its_translation_is_cancelled_or_fails(
+    ahead: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "FULL_PARTS", 2)
+    monkeypatch.setattr(intake, "_FEW_PARTS", 0)
+    begun, may_end, calls = threading.Event(), threading.Event(), []
+
+    class Decoder:
+        def feed(self, batch: ReceivedBatch) -> list[Undecodable]:
+            calls.append(batch)
+            if len(calls) == 1 + ahead:
+                begun.set()
+                assert may_end.wait(PATIENCE_S)
+                if fails:
+                    raise ValueError("a mistake of the decoder's")
+            return [Undecodable("one"), Undecodable("two")]
+
+    protocol = replace(protocol_named("native"), decoder=Decoder)
+    async with PlainSender() as sender, Receiver([sender.endpoint]) as receiver:
+        stream = messages(receiver, protocol)
+        for _ in range(4):
+            await sender.raw(b"x")
+        if ahead:
+            await patiently(anext(stream))
+            await patiently(anext(stream))
+        following = asyncio.ensure_future(anext(stream))
+        assert await asyncio.to_thread(begun.wait, PATIENCE_S)
+        if fails:
+            may_end.set()
+            with pytest.raises(ValueError, match="mistake"):
+                await patiently(following)
+        else:
+            following.cancel()
+            asyncio.get_running_loop().call_later(0.05, may_end.set)
+            await asyncio.gather(following, return_exceptions=True)
+        await stream.aclose()
+        assert len(receiver._free) + (receiver._channels[0].slab is not None) == 3
+
+
+async def test_a_socket_with_few_messages_gets_its_turn_beside_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "FULL_PARTS", 4)
+    async with PlainSender() as busy, PlainSender() as quiet, Receiver([busy.endpoint, quiet.endpoint]) as receiver:
+
+        async def send() -> None:
+            while True:
+                await busy.raw(b"x")
+
+        async def next_socket() -> int:
+            lease = await patiently(receiver.get(full=True))
+            assert lease is not None
+            lease.release()
+            return lease.batch.socket_index
+
+        async with sending(send):
+            await quiet.raw(b"y")
+            came = receiver._channels[1]
+            while came.slab is None or not came.slab.count:
+                assert await next_socket() == 0
+            assert 1 in [await next_socket() for _ in range(3)]
 
 
 @pytest.mark.usefixtures("how")

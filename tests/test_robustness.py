@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import zmq.asyncio
 from detectors.errors import ConfigurationError, DoesNotFit
 from detectors.simulator.misbehaviour import Misbehaviour
 from stream import engine as engine_module
+from stream.accumulator import Accumulator
 from stream.api import Session, Snapshot
 from stream.kernels import METHODS
 from stream.recording import open_recording
@@ -80,6 +82,31 @@ def test_a_change_of_optics_that_fails_keeps_the_old_ones(monkeypatch: pytest.Mo
         with pytest.raises(DoesNotFit, match="the old ones are kept"):
             engine.change(aberrated, METHODS["ssb"])
         np.testing.assert_allclose(engine.object(), before, atol=1e-6)
+        assert_object(engine, case, case.counts())
+
+
+def test_a_change_of_optics_that_fails_leaves_its_memory_to_the_old_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(scan=(8, 9), rotation=20.0)
+    with running(case.setup()) as engine:
+        feed(engine, case.counts())
+        make, add, failed = engine_module.Setup.make_kernels, Accumulator.add, []
+        aberrated = Case(scan=(8, 9), rotation=20.0, aberrations={"C10": 50.0}).probe
+
+        def full(accumulator: Accumulator, rows: np.ndarray) -> None:
+            if not failed:
+                failed.append(weakref.ref(accumulator))
+                raise MemoryError("no room")
+            add(accumulator, rows)
+
+        def look(setup: Any, device: Any) -> Any:
+            assert [reference() for reference in failed] in ([], [None])
+            return make(setup, device)
+
+        monkeypatch.setattr(Accumulator, "add", full)
+        monkeypatch.setattr(engine_module.Setup, "make_kernels", look)
+        with pytest.raises(DoesNotFit, match="the old ones are kept"):
+            engine.change(aberrated, METHODS["ssb"])
+        assert len(failed) == 1
         assert_object(engine, case, case.counts())
 
 

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import zmq
 
+import stream.acquisition as acquisition_module
 import stream.reconstruction as reconstruction_module
+import stream.session as session_module
 from detectors.codec import encode
 from detectors.errors import ConfigurationError, ConnectionFailed, DataFileError, DoesNotFit
 from detectors.messages import Encoding
@@ -22,7 +24,7 @@ from detectors.simulator.misbehaviour import Misbehaviour
 from detectors.simulator.simulation import SimulatedScan
 from stream.api import Result, Session, open_session
 from stream.config import Layer
-from stream.recording import open_recording
+from stream.recording import Recorder, open_recording
 from tests.live_helpers import (
     ANY_PORT,
     COLUMNS,
@@ -834,6 +836,18 @@ async def test_rows_that_cannot_complete_are_shown_after_a_while(patterns: np.nd
         assert np.isfinite(snapshot.images["bright_field"][:2]).all()
 
 
+async def test_rows_closed_by_a_silence_are_shown_without_any_other_news(
+    patterns: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_SLOWEST_S", math.inf)
+    monkeypatch.setattr(acquisition_module, "_SILENT_S", math.inf)
+    async with PlainSender() as sender, Session(live_options(sender.endpoint, row_timeout_s=0.3)) as session:
+        await sender.start()
+        await sender.scan(patterns, range(COLUMNS + 3))
+        snapshot = await snapshot_where(session, lambda s: s.rows_acquired == 2)
+        assert snapshot.state == "scanning", "and not only at the end"
+
+
 async def test_the_api_opens_a_session(expected: Result, tmp_path: Path) -> None:
     toml = tmp_path / "scan.toml"
     toml.write_text("rotation_deg = 5.0\n[aberrations]\nC10 = 1.0\n")
@@ -859,6 +873,31 @@ async def test_a_recording_that_exists_is_not_replaced(tmp_path: Path, patterns:
     with pytest.raises(DataFileError, match="exists"):
         await sent_plainly(send, record=path)
     assert path.read_bytes() == b"precious"
+
+
+async def test_an_error_is_told_and_what_came_is_shown(
+    tmp_path: Path, patterns: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows that are closed and not in the image yet must not get into the error's way.
+    async def send(sender: PlainSender) -> None:
+        await sender.start()
+        await sender.frames([frame.tobytes() for frame in patterns])
+
+    def full(*_: object) -> None:
+        assert session.reconstruction is not None
+        assert session.reconstruction.engine is not None
+        session.reconstruction.engine.wait_until_ready()
+        raise DataFileError("the disk is full")
+
+    monkeypatch.setattr(Recorder, "write", full)
+    monkeypatch.setattr(Session, "_publish", lambda self: asyncio.Event().wait())
+    async with plainly(send) as endpoint:
+        with pytest.raises(DataFileError, match="the disk is full"):
+            async with Session(live_options(endpoint, record=tmp_path / "s.h5")) as session:
+                await patiently(session.wait())
+    assert session.snapshot.state == "failed"
+    assert session.snapshot.rows_acquired == ROWS
+    assert np.isfinite(session.snapshot.images["phase"]).all()
 
 
 async def test_a_result_does_not_replace_the_recording_of_its_own_series(tmp_path: Path, patterns: np.ndarray) -> None:

@@ -94,6 +94,8 @@ class Channel:
     def __init__(self, index: int, address: str) -> None:
         self.index, self.address = index, address
         self.slab: Slab | None = None
+        self.passed_over = 0
+        """batches of other sockets that were handed over while messages lay here"""
 
     def hand_over(self, free: list[Slab]) -> Slab | None:
         """The slab with the whole messages in it, if there are any; takes one of the ``free`` ones where it must."""
@@ -166,17 +168,20 @@ class Receiver(abc.ABC):
     async def get(self, timeout_s: float | None = None, *, full: bool = False) -> Lease | None:
         """The next batch, at once if one is there; None when nothing came for ``timeout_s`` seconds.
 
-        With ``full``, only a batch that cannot grow any more by being left. Leases are to be released before long: with
-        two or more held, others may not be to be had.
+        With ``full``, only a batch that cannot grow any more by being left, or whose turn it is: a socket with few
+        messages does not wait for ever beside one that always has more. Leases are to be released before long: with two
+        or more held, others may not be to be had.
         """
         clock = asyncio.get_running_loop().time
         deadline = None if timeout_s is None else clock() + timeout_s
         while True:
             early = clock() < self._handed_over + _GATHER_S
             for channel in self._channels[self._next :] + self._channels[: self._next]:
-                if (full or early) and (channel.slab is None or not channel.slab.full):
+                due = channel.passed_over >= len(self._channels)
+                if (full or early) and not due and (channel.slab is None or not channel.slab.full):
                     continue
                 if (slab := channel.hand_over(self._free)) is not None:
+                    self._pass_over_others(channel)
                     self._next = (channel.index + 1) % len(self._channels)
                     self._handed_over = clock()
                     # A free slab lets the reader go on while this batch is being worked on.
@@ -192,6 +197,13 @@ class Receiver(abc.ABC):
                     continue
                 self._raise_failed_reader()
                 return None
+
+    def _pass_over_others(self, chosen: Channel) -> None:
+        for channel in self._channels:
+            if channel is chosen:
+                channel.passed_over = 0
+            elif channel.slab is not None and channel.slab.count:
+                channel.passed_over += 1
 
     def _raise_failed_reader(self) -> None:
         for task in self._readers:
