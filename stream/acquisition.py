@@ -129,7 +129,7 @@ class Acquisition:
             await self._end_recording(None)
         if self.active:
             await self._set_aside(start)
-        self.close()
+        await in_threads(self.close)  # its kernels may still be in the making
         self._series_count += 1
         self._refused, self._had_enough_of, self._ending = None, None, False
         self._gaps = GapPattern()

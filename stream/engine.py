@@ -126,6 +126,8 @@ class Engine:
         self._frames_ahead = 0
         self.last_row: ClosedRow | None = None
         """the row that was accumulated last"""
+        self.renewed = 0
+        """how often the image has become another one without new rows: kernels were ready, or a sweep has ended"""
         self.beyond = 0
         """frames of passes beyond those that are taken"""
         self.last_reason = ""
@@ -428,6 +430,7 @@ class Engine:
                 rows = coming.missing()[:BATCH_ROWS]
                 if len(rows) == 0 or isinstance(coming, SweepingAccumulator):
                     self._accumulator, self._coming, self._last_view = coming, None, None
+                    self.renewed += 1
                     return
                 coming.add(rows)
 
@@ -449,6 +452,7 @@ class Engine:
                     self._next_sweep = 2 * time.monotonic() - began
                     if not (done := done and accumulator.end(sweep)):
                         accumulator.call_off()
+                    self.renewed += done
             return done
 
     def _let_wait_no_longer(self) -> None:

@@ -188,7 +188,7 @@ class Passband:
     """the qx bin of column 0: not 0 in a part of a passband"""
 
     @classmethod
-    @lru_cache(maxsize=4)  # it is asked for again with every plan, and takes a second for thousands of rows
+    @lru_cache(maxsize=2)  # it is asked for again with every plan, and takes a second for thousands of rows
     def select(
         cls, scan_shape: tuple[int, int], scan_step: tuple[float, float], cutoff: float, antisymmetric: bool
     ) -> Passband:

@@ -257,6 +257,11 @@ class Reconstruction:
         """Rows that wait for ``accumulate``."""
         return 0 if self.engine is None else self.engine.closed_rows
 
+    @property
+    def renewed(self) -> int:
+        """Grows when the image has become another one without new rows."""
+        return 0 if self.engine is None else self.engine.renewed
+
     def accumulate(self) -> int:
         """Let closed rows into the image: see ``Engine.accumulate``."""
         return 0 if self.engine is None else self.engine.accumulate()

@@ -345,7 +345,7 @@ class Session:
 
     async def _publish(self) -> None:
         """Snapshots as soon as there are rows to show, while anything else changes, and once a second in any case."""
-        last = 0.0
+        last, renewed = 0.0, 0
         load = _Load()
         while True:
             with suppress(TimeoutError):
@@ -354,6 +354,9 @@ class Session:
             # Rows also come without frames: when a silence closes them.
             fresh = self._news.is_set() or self._acquisition.changed
             self._news.clear()
+            # ... and the image changes without rows, when kernels are ready.
+            if (run := self._acquisition.run) is not None and run.renewed != renewed:
+                fresh, renewed = True, run.renewed
             started = time.monotonic()
             if fresh or started - last >= _SLOWEST_S:
                 last = started

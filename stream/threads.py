@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+#: More than a session ever uses at a time: receiving, decoding, recording, images and control never wait for each other.
+_POOL = ThreadPoolExecutor(16, thread_name_prefix="session")
 
 
 async def in_threads(*calls: Callable[[], Any]) -> list[Any]:
@@ -13,7 +17,8 @@ async def in_threads(*calls: Callable[[], Any]) -> list[Any]:
     A thread cannot be cancelled: memory and files that it works on belong to it until it returns. Returns the results
     in order; the first exception is raised once all have ended.
     """
-    work = asyncio.gather(*(asyncio.to_thread(call) for call in calls), return_exceptions=True)
+    loop = asyncio.get_running_loop()
+    work = asyncio.gather(*(loop.run_in_executor(_POOL, call) for call in calls), return_exceptions=True)
     try:
         outcomes = await asyncio.shield(work)
     except asyncio.CancelledError:

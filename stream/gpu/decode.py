@@ -277,15 +277,20 @@ class GpuFrameDecoder:
         which = self._taken_here(block)
         if len(which) and (block_bytes := self._block_bytes(block, int(which[0]))):
             self._host.await_rows()
-            for number, part in enumerate(self._parts(block, which)):
-                buffer = self._buffers[number % 2]
-                self._collect(buffer, status, targets, sums)
-                self._send(buffer, block, part, targets)
-                self._unpack(buffer, len(part), block_bytes, rows)
-                buffer.part = part
-            for buffer in self._buffers:
-                self._collect(buffer, status, targets, sums)
-            self._frames += int(np.count_nonzero(status == OK))
+            try:
+                for number, part in enumerate(self._parts(block, which)):
+                    buffer = self._buffers[number % 2]
+                    self._collect(buffer, status, targets, sums)
+                    self._send(buffer, block, part, targets)
+                    self._unpack(buffer, len(part), block_bytes, rows)
+                    buffer.part = part
+                for buffer in self._buffers:
+                    self._collect(buffer, status, targets, sums)
+            finally:
+                for buffer in self._buffers:  # after an error, nothing of this block may get into the next one
+                    buffer.part = None
+            with self._pattern_lock:
+                self._frames += int(np.count_nonzero(status == OK))
         rest = np.flatnonzero(status == _ELSEWHERE)
         if len(rest):
             status[rest] = self._host.decode(block.take(rest), targets[rest], rows, sums)
