@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-#: More than a session ever uses at a time: receiving, decoding, recording, images and control never wait for each other.
+#: More than a session ever uses at a time: decoding, recording, images and control never wait for each other.
 _POOL = ThreadPoolExecutor(16, thread_name_prefix="session")
 
 
