@@ -82,7 +82,11 @@ class Acquisition:
     @property
     def told(self) -> str:
         """The sentence for the user, or what the frames' numbers look like."""
-        return self.message or (self._gaps.sentence if self.state == "scanning" else "")
+        if self.message or self.state != "scanning":
+            return self.message
+        if self.run is not None and self.run.engine is not None and self.run.engine.preparing:
+            return "the kernels are being made: the phase follows, and no frame waits for it"
+        return self._gaps.sentence
 
     def set_state(self, state: str, message: str) -> None:
         """Enter a state (see ``Snapshot``), with a sentence for the user."""

@@ -148,6 +148,11 @@ class Engine:
                 self._ring.touch(row)
         self.device.fft.ifft2(np.zeros(self.setup.scan.shape, np.complex64))
 
+    @property
+    def preparing(self) -> bool:
+        """Whether kernels are being made, so that the phase is not there yet, or not of the newest rows."""
+        return "phase" in self.setup.channels and self._accumulator is None
+
     def wait_until_ready(self) -> None:
         """Wait for kernels that are being made in the background. Raises ``DoesNotFit`` when that has failed."""
         if self._first_kernels is not None:

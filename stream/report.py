@@ -31,7 +31,7 @@ def fill_snapshot(blank: Snapshot, acquisition: Acquisition) -> Snapshot:
     view = engine.view()
     now = time.time()
     latency = None
-    if view.last_row is not None and acquisition.state == "scanning":
+    if view.last_row is not None and acquisition.state == "scanning" and not engine.preparing:
         latency = max(0.0, now * 1e3 - view.last_row.time_ns * 1e-6)
     return replace(
         snapshot,

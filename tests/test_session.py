@@ -25,6 +25,7 @@ from detectors.simulator.simulation import SimulatedScan
 from stream.api import Result, Session, open_session
 from stream.config import Layer
 from stream.recording import Recorder, open_recording
+from stream.setup import Setup
 from tests.live_helpers import (
     ANY_PORT,
     COLUMNS,
@@ -941,3 +942,30 @@ async def test_a_detector_beyond_the_memory_is_refused() -> None:
 
     with pytest.raises(DoesNotFit, match="use a smaller scan"):
         await sent_plainly(send)
+
+
+async def test_a_session_says_that_the_kernels_are_being_made(
+    patterns: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, make = threading.Event(), Setup.make_kernels
+
+    def slowly(setup: Setup, device: Any) -> Any:
+        assert go_on.wait(PATIENCE_S)
+        return make(setup, device)
+
+    monkeypatch.setattr(Setup, "make_kernels", slowly)
+    async with PlainSender() as sender, Session(live_options(sender.endpoint)) as session:
+        await sender.start()
+        await sender.scan(patterns, range(FRAMES))
+        async for snapshot in session:
+            if snapshot.rows_acquired:
+                assert "the kernels are being made" in snapshot.message
+                assert snapshot.latency_ms is None
+                assert np.isnan(snapshot.images["phase"]).all()
+                assert np.isfinite(snapshot.images["bright_field"]).any()
+                break
+        go_on.set()
+        await sender.end()
+        result = await patiently(session.wait())
+    assert result is not None
+    assert np.isfinite(result.phase).all()

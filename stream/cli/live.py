@@ -63,7 +63,8 @@ Timeout = Annotated[
     typer.Option(
         min=0.1,
         help="Give up when nothing comes for so many seconds. "
-        "(default without a viewer: 300 before the start, 30 within a series; with one: never)",
+        "(default without a viewer: 300 before the start, 30 within a series; with one: never). "
+        "After a series, --follow waits for ever.",
         show_default=False,
     ),
 ]
