@@ -32,7 +32,7 @@ FULL_PARTS = 4096
 FULL_BYTES = 16 << 20
 
 #: A batch that is not full is not handed over sooner than so long after the one before it [s]: each batch has a price.
-_GATHER_S = 4e-3
+_GATHER_S = 3e-3
 
 
 class Slab:
