@@ -288,6 +288,7 @@ def random_kernels(rng: np.random.Generator, scan: tuple[int, int], pixels: int)
     entries, ends = int(columns[-1]), (rng.random(pixels) < 0.3).astype(np.uint8)
     ends[-1] = 1
     band = SimpleNamespace(
+        first_column=0,
         columns=columns, column_count=len(columns) - 1, row=rng.integers(0, scan[0], entries), scan_shape=scan,
         entries=entries,
     )  # fmt: skip
