@@ -26,9 +26,9 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from stream.array import Device, choose_device
-from stream.kernels import METHODS, KernelTable, Passband, RunTable, make_runs
+from stream.kernels import METHODS, KernelTable, Passband, RunTable, make_kernels, make_runs
 from stream.lanes import LANES, TILE, dense_row, dense_tile, load, splat, store, take_part, turned_sum
-from stream.optics import Probe
+from stream.optics import Aberrations, Probe
 from stream.ring import RowRing
 from stream.row_fft import RowFft, aligned, with_slack
 
@@ -79,7 +79,8 @@ def compile_ahead() -> None:
     one, rows = np.zeros(1), np.arange(2)
     passband = Passband.select((2, 2), step, probe.cutoff, method.antisymmetric)
     runs = make_runs(method, probe, (one, one), one.astype(np.int64), passband, step, device)
-    dense = KernelTable(method, passband, np.zeros((passband.entries, 1), np.complex64))
+    aberrated = Probe(2e5, 0.02, aberrations=Aberrations.from_user({"C10": 1.0}))
+    dense = make_kernels(method, aberrated, (one, one), passband, step, device)
     ring = RowRing((2, 2), 1, np.dtype("u1"), device, False)
     for row in range(2):
         ring.commit(row, 0, np.ones((2, 1), np.uint8), np.ones(2, bool))

@@ -23,7 +23,7 @@ from stream.accumulator import Accumulator, SweepingAccumulator
 from stream.array import Device
 from stream.assembler import ClosedRow, RowAssembler, groups
 from stream.gpu.decode import make_decoder
-from stream.kernels import Method
+from stream.kernels import Abandoned, Method
 from stream.optics import Probe
 from stream.ring import RowRing
 from stream.row_timing import RowTiming
@@ -162,7 +162,7 @@ class Engine:
                 raise DoesNotFit(f"the kernels could not be made: {error}") from error
 
     def close(self) -> None:
-        """End the engine's threads, and a sweep that is under way.
+        """End the engine's threads, and a sweep or the making of kernels that is under way.
 
         Images can still be taken; rows that wait do not get into them any more.
         """
@@ -176,7 +176,7 @@ class Engine:
         several = setup.passes != 1
         if plan.block_bytes is None:
             return Accumulator(
-                setup.make_kernels(self.device),
+                setup.make_kernels(self.device, lambda: not self._closing, self._executor, self._threads),
                 self._ring,
                 self.device,
                 keep_contracted=several,
@@ -425,7 +425,10 @@ class Engine:
             self.setup, self.plan = setup, plan
         with self._sweep_lock:  # the old kernels' last sweep holds some of them until it ends
             pass
-        self._coming = coming = self._make_accumulator(setup, plan)
+        try:
+            self._coming = coming = self._make_accumulator(setup, plan)
+        except Abandoned:  # the engine is being closed
+            return
         if isinstance(coming, SweepingAccumulator):
             while not self._sweep(coming):
                 if self._closing:

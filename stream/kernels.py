@@ -9,10 +9,11 @@ other half follows.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numba
@@ -21,13 +22,18 @@ import numpy as np
 from detectors.errors import ConfigurationError
 from stream.array import Device, namespace
 from stream.optics import Probe
+from stream.weights import CompiledWeights
 
 #: An overlap function below this counts as no overlap (py4DSTEM's threshold; see docs/mathematics.md).
 OVERLAP_THRESHOLD = 1e-3
 
-#: Matrix elements that are computed at a time (CPU, GPU): small enough for a core's cache, large enough for a GPU. One
-#: thread at 2^14 beat every two-thread variant: temporaries of other sizes cost page faults, and small ones the GIL.
-_BLOCK_ELEMENTS = {False: 1 << 14, True: 1 << 21}
+#: Matrix elements that are computed at a time: small enough for a core's cache, large enough for a GPU. Temporaries of
+#: NumPy that are larger cost page faults. Compiled functions have none, and take less than a millisecond so.
+_BLOCK_ELEMENTS = {"numpy": 1 << 14, "gpu": 1 << 21, "compiled": 1 << 17}
+
+
+class Abandoned(Exception):
+    """Nobody wants the kernels any more that were being made."""
 
 
 def overlap_function(probe: Probe, k: tuple[Any, Any], q: tuple[Any, Any]) -> Any:
@@ -91,6 +97,7 @@ class Method:
     """A linear method. ``antisymmetric`` means T(k;-q) = -conj(T(k;q)): the half plane then holds everything.
 
     ``step``: where the kernel is real, every weight is 0, ``step`` or ``-step``; None where it is not so.
+    ``compiled`` makes the same ``weights`` of the pixels ``k`` sooner, on the CPU; it needs a ``step``.
     """
 
     name: str
@@ -98,13 +105,28 @@ class Method:
     antisymmetric: bool
     uses_aberrations: bool
     step: float | None = None
+    compiled: Callable[[Probe, tuple[np.ndarray, np.ndarray]], CompiledWeights] | None = None
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("ssb", ssb, antisymmetric=True, uses_aberrations=True, step=1.0),
-        Method("ssb-single", ssb_single, antisymmetric=False, uses_aberrations=False, step=2.0),
+        Method(
+            "ssb",
+            ssb,
+            antisymmetric=True,
+            uses_aberrations=True,
+            step=1.0,
+            compiled=partial(CompiledWeights.of, threshold=OVERLAP_THRESHOLD),
+        ),
+        Method(
+            "ssb-single",
+            ssb_single,
+            antisymmetric=False,
+            uses_aberrations=False,
+            step=2.0,
+            compiled=partial(CompiledWeights.of, threshold=0.5, single=True),
+        ),
     )
 }
 
@@ -380,45 +402,12 @@ class StreamedKernels:
         for block in self.blocks:
             part = self.passband.part(block)
             weights = memory[: part.entries * self.pixels].reshape(part.entries, self.pixels)
-            if executor is None or threads == 1:
-                self._fill(iter([block]), block, weights, go_on)
-            else:
-                # Of a list, as a generator cannot be asked by two threads at a time.
-                columns = iter([range(column, column + 1) for column in block])
-                self._share(columns, block, weights, go_on, executor, threads)
+            maker = _Maker(self.method, self.probe, self.k, part, self.scan_step, self.device)
+            _share(partial(maker.fill, weights), maker.parts(), go_on, executor, threads)
             if not go_on():
                 return
             first = int(self.passband.columns[block.start])
             yield slice(first, first + part.entries), KernelTable(self.method, part, weights)
-
-    def _share(
-        self,
-        parts: Iterator[range],
-        block: range,
-        weights: Any,
-        go_on: Callable[[], bool],
-        executor: Executor,
-        threads: int,
-    ) -> None:
-        others = [executor.submit(self._fill, parts, block, weights, go_on) for _ in range(threads - 1)]
-        try:
-            self._fill(parts, block, weights, go_on)
-        finally:
-            # A thread that has not begun by now would find nothing left to do.
-            for other in others:
-                if not other.cancel():
-                    other.result()
-
-    def _fill(self, parts: Iterator[range], block: range, weights: Any, go_on: Callable[[], bool]) -> None:
-        """Make the kernels of ``parts`` of a block, until none is left."""
-        starts = self.passband.columns - self.passband.columns[block.start]
-        for columns in parts:
-            own = weights[int(starts[columns.start]) : int(starts[columns.stop])]
-            band = self.passband.part(columns)
-            for some, values in _blocks(self.method, self.probe, self.k, band, self.scan_step, self.device):
-                if not go_on():
-                    return
-                own[some] = values
 
     def sums_at_zero(self, pattern: Any) -> Any:
         """sum_k T(k;q) pattern(k) for the entries of qx bin 0; ``pattern`` (K,) on the device."""
@@ -467,6 +456,10 @@ def is_real_kernel(method: Method, probe: Probe) -> bool:
     return not (method.uses_aberrations and probe.aberrations.coefficients)
 
 
+def _always() -> bool:
+    return True
+
+
 def make_kernels(
     method: Method,
     probe: Probe,
@@ -474,15 +467,23 @@ def make_kernels(
     passband: Passband,
     scan_step: tuple[float, float],
     device: Device,
+    *,
+    go_on: Callable[[], bool] = _always,
+    executor: Executor | None = None,
+    threads: int = 1,
 ) -> KernelTable:
     """Evaluate the kernel at every entry of the passband.
 
-    ``k``: detector-frame components of the K bright-field pixels [1/Å], float64 (K,). ``scan_step`` [Å].
+    ``k``: detector-frame components of the K bright-field pixels [1/Å], float64 (K,). ``scan_step`` [Å]. ``executor``
+    with ``threads`` shares the work on the CPU; the result does not depend on it. Raises ``Abandoned`` soon after
+    ``go_on``, which is asked many times a second and by every thread, says no: then it must go on saying so.
     """
     real = is_real_kernel(method, probe)
     weights = device.xp.empty((passband.entries, len(k[0])), dtype=np.float32 if real else np.complex64)
-    for part, block in _blocks(method, probe, k, passband, scan_step, device):
-        weights[part] = block
+    maker = _Maker(method, probe, k, passband, scan_step, device)
+    _share(partial(maker.fill, weights), maker.parts(), go_on, executor, threads)
+    if not go_on():
+        raise Abandoned
     return KernelTable(method, passband, weights)
 
 
@@ -509,6 +510,10 @@ def make_runs(
     passband: Passband,
     scan_step: tuple[float, float],
     device: Device,
+    *,
+    go_on: Callable[[], bool] = _always,
+    executor: Executor | None = None,
+    threads: int = 1,
 ) -> RunTable:
     """Evaluate a kernel that is 0, ``method.step`` or ``-method.step``, and keep the ends of runs only.
 
@@ -520,56 +525,136 @@ def make_runs(
     ends = np.append(detector_row[1:] != detector_row[:-1], True).astype(np.uint8)
     bounds = np.zeros(2 * passband.entries + 1, np.int64)
     # What is not written to takes no memory, and what is left over is given back.
-    bound = min(_ENDS_PER_ROW * int(ends.sum()), 2 * pixels)
-    lookups = np.empty(passband.entries * bound, _lookup_dtype(pixels))
-    for part, block in _blocks(method, probe, k, passband, scan_step, device):
-        if (needed := int(bounds[2 * part.start]) + 2 * block.size) > len(lookups):
-            # The most that a block could have; the bound holds for what is there in the end.
-            lookups.resize(needed, refcheck=False)
-        _find_ends(block, method.step, ends, part.start, bounds, lookups)
+    lookups = np.empty(passband.entries * min(_ENDS_PER_ROW * int(ends.sum()), 2 * pixels), _lookup_dtype(pixels))
+    maker = _Maker(method, probe, k, passband, scan_step, device)
+    lock = threading.Lock()
+    early: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    written = 0
+
+    def find(part: slice) -> None:
+        """Find the ends of some entries, and write what has its turn."""
+        nonlocal written
+        levels = maker.levels(part)
+        here, found = np.zeros(2 * len(levels) + 1, np.int64), np.empty(2 * levels.size, lookups.dtype)
+        _find_ends(levels, ends, here, found)
+        with lock:
+            early[part.start] = here, found[: here[-1]]
+            while written in early:
+                here, found = early.pop(written)
+                first, stop = int(bounds[2 * written]), 2 * written + len(here)
+                bounds[2 * written : stop] = first + here
+                lookups[first : first + len(found)] = found
+                written = stop // 2
+
+    _share(find, maker.parts(), go_on, executor, threads)
+    if not go_on():
+        raise Abandoned
     lookups.resize(int(bounds[-1]), refcheck=False)
     return RunTable(method, passband, method.step, bounds, lookups, ends)
 
 
-def _blocks(
-    method: Method,
-    probe: Probe,
-    k: tuple[np.ndarray, np.ndarray],
-    passband: Passband,
-    scan_step: tuple[float, float],
-    device: Device,
-) -> Iterator[tuple[slice, Any]]:
-    """The kernel at some entries after the others: (entries, their weights (entries, K) on the device)."""
-    xp = device.xp
-    real = is_real_kernel(method, probe)
-    k_device = (xp.asarray(k[0])[None, :], xp.asarray(k[1])[None, :])
-    q_row, q_column = (xp.asarray(q)[:, None] for q in probe.axes.to_detector(*passband.frequencies(scan_step)))
-    mirrored = xp.asarray(passband.mirrored)[:, None]
-    has_mirrored = bool(passband.mirrored.any())
-    step = max(1, _BLOCK_ELEMENTS[device.is_gpu] // max(1, len(k[0])))
-    for start in range(0, passband.entries, step):
-        part = slice(start, start + step)
-        block = method.weights(probe, k_device, (q_row[part], q_column[part]))
-        yield part, block if real or not has_mirrored else xp.where(mirrored[part], block.conj(), block)
+def _share(
+    function: Callable[[slice], None],
+    parts: list[slice],
+    go_on: Callable[[], bool],
+    executor: Executor | None,
+    threads: int,
+) -> None:
+    """Call ``function`` with each of the parts, in this thread and others, until none is left or ``go_on`` says no."""
+    remaining = iter(parts)  # of a list, as a generator cannot be asked by two threads at a time
+
+    def work() -> None:
+        for part in remaining:
+            if not go_on():
+                return
+            function(part)
+
+    others = [] if executor is None else [executor.submit(work) for _ in range(min(threads, len(parts)) - 1)]
+    try:
+        work()
+    finally:
+        # A thread that has not begun by now would find nothing left to do.
+        for other in others:
+            if not other.cancel():
+                other.result()
+
+
+class _Maker:
+    """Makes the kernel at some entries at a time: any of them, in any thread. Arguments as of :func:`make_kernels`."""
+
+    def __init__(
+        self,
+        method: Method,
+        probe: Probe,
+        k: tuple[np.ndarray, np.ndarray],
+        passband: Passband,
+        scan_step: tuple[float, float],
+        device: Device,
+    ) -> None:
+        xp = device.xp
+        self._method, self._probe, self._xp = method, probe, xp
+        self._real, self._pixels, self._entries = is_real_kernel(method, probe), len(k[0]), passband.entries
+        self._k = (xp.asarray(k[0])[None, :], xp.asarray(k[1])[None, :])
+        self._q_row, self._q_column = map(xp.asarray, probe.axes.to_detector(*passband.frequencies(scan_step)))
+        self._mirrored = xp.asarray(passband.mirrored)
+        self._has_mirrored = bool(passband.mirrored.any())
+        self._compiled = None if device.is_gpu or method.compiled is None else method.compiled(probe, k)
+        kind = "gpu" if device.is_gpu else "numpy" if self._compiled is None else "compiled"
+        self._step = max(1, _BLOCK_ELEMENTS[kind] // max(1, self._pixels))
+
+    def parts(self) -> list[slice]:
+        """All entries, in runs that are made at a time."""
+        return [slice(start, min(start + self._step, self._entries)) for start in range(0, self._entries, self._step)]
+
+    def fill(self, weights: Any, part: slice) -> None:
+        """The kernel at the entries ``part``, into ``weights[part]``; ``weights`` (entries, K) on the device."""
+        if self._compiled is None:
+            weights[part] = self._weights(part)
+        elif self._real:
+            np.multiply(self.levels(part), np.float32(self._method.step or 0), out=weights[part])
+        else:
+            self._compiled.fill(self._q_row[part], self._q_column[part], self._mirrored[part], weights[part])
+
+    def levels(self, part: slice) -> np.ndarray:
+        """A real kernel at the entries ``part`` in units of ``method.step``: int8 (entries, K), on the CPU."""
+        if self._compiled is None:
+            return np.rint(self._weights(part) / self._method.step).astype(np.int8)
+        out = np.empty((part.stop - part.start, self._pixels), np.int8)
+        self._compiled.levels(self._q_row[part], self._q_column[part], out)
+        return out
+
+    def _weights(self, part: slice) -> Any:
+        q = (self._q_row[part, None], self._q_column[part, None])
+        block = self._method.weights(self._probe, self._k, q)
+        if self._real or not self._has_mirrored:
+            return block
+        return self._xp.where(self._mirrored[part, None], block.conj(), block)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _find_ends(block: Any, step: float, ends: Any, first: int, bounds: Any, lookups: Any) -> None:
-    """Write the ends of runs of a block, whose first entry is ``first``."""
-    half = np.float32(0.5 * step)
-    pixels = block.shape[1]
-    level, change = np.zeros(pixels + 1, np.int8), np.zeros(pixels, np.int8)
-    for i in range(block.shape[0]):
-        # Two loops without branches first: ends are few, and most of the time goes into not finding any.
-        for k in range(pixels):
-            level[k] = np.int8(block[i, k] > half) - np.int8(block[i, k] < -half)
-        for k in range(pixels):
-            change[k] = level[k] - level[k + 1] * np.int8(1 - ends[k])
-        at = bounds[2 * (first + i)]
-        for sign in (1, -1):
-            for k in range(pixels):
-                if change[k]:
-                    for _ in range(sign * change[k]):
+def _find_ends(levels: Any, ends: Any, bounds: Any, lookups: Any) -> None:
+    """Write where the runs of int8 (entries, K) ``levels`` end: see :class:`RunTable`, of these entries alone."""
+    pixels = levels.shape[1]
+    change, negative = np.zeros((pixels + 7) // 8 * 8, np.int8), np.zeros(2 * pixels, np.int64)
+    words = change.view(np.int64)
+    at = 0
+    for i in range(levels.shape[0]):
+        # Ends are few: most of the time goes into not finding any, so that is done for many pixels at a time.
+        for k in range(pixels - 1):
+            change[k] = levels[i, k] - levels[i, k + 1] * np.int8(1 - ends[k])
+        change[pixels - 1] = levels[i, pixels - 1]
+        count = 0
+        for word in range(len(words)):
+            if words[word]:
+                for k in range(8 * word, 8 * word + 8):
+                    for _ in range(change[k]):
                         lookups[at] = k
                         at += 1
-            bounds[2 * (first + i) + (1 if sign == 1 else 2)] = at
+                    for _ in range(-change[k]):
+                        negative[count] = k
+                        count += 1
+        bounds[2 * i + 1] = at
+        for j in range(count):
+            lookups[at] = negative[j]
+            at += 1
+        bounds[2 * i + 2] = at

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,12 +108,27 @@ class Setup:
         """The detector row of each bright-field pixel, int64 (K,)."""
         return self.geometry.bf_pixels // self.geometry.shape[1]
 
-    def make_kernels(self, device: Device) -> KernelTable | RunTable:
-        """The kernel table of this set-up, on ``device``."""
+    def make_kernels(
+        self,
+        device: Device,
+        go_on: Callable[[], bool] = lambda: True,
+        executor: Executor | None = None,
+        threads: int = 1,
+    ) -> KernelTable | RunTable:
+        """The kernel table of this set-up, on ``device``. ``go_on``, ``executor`` and ``threads`` as for
+        ``kernels.make_kernels``; raises ``Abandoned`` when ``go_on`` says no.
+        """
         k = self.geometry.bf_k(self.probe.wavelength)
+        rows, band, step = self.detector_rows, self.passband, self.scan_step
         if self.has_runs(device):
-            return make_runs(self.method, self.probe, k, self.detector_rows, self.passband, self.scan_step, device)
-        return make_kernels(self.method, self.probe, k, self.passband, self.scan_step, device)
+            return make_runs(
+                self.method, self.probe, k, rows, band, step, device, go_on=go_on, executor=executor, threads=threads
+            )
+        if device.is_gpu:
+            executor = None
+        return make_kernels(
+            self.method, self.probe, k, band, step, device, go_on=go_on, executor=executor, threads=threads
+        )
 
     def stream_kernels(self, device: Device, block_bytes: int) -> StreamedKernels:
         """The same, to be made in blocks of ``block_bytes`` (or one qx bin) whenever they are needed."""

@@ -27,6 +27,7 @@ from stream.kernels import METHODS, KernelTable, RunTable, _find_ends, make_kern
 from stream.ring import RowRing
 from stream.row_fft import RowFft, _transform, aligned, with_slack
 from stream.setup import Setup
+from stream.weights import _fill_levels, _fill_weights
 from tests.data_helpers import Case
 
 CPU = choose_device("cpu")
@@ -186,7 +187,7 @@ def test_the_form_that_suits() -> None:
 def test_nothing_is_compiled_that_was_not_compiled_ahead() -> None:
     """One signature does for every dtype, with contracted rows or without, complete rows or not."""
     compile_ahead()
-    compiled = (_contract_runs, _contract_dense, _subtract, _transform, _find_ends)
+    compiled = (_contract_runs, _contract_dense, _subtract, _transform, _find_ends, _fill_levels, _fill_weights)
     ahead = [set(function.signatures) for function in compiled]
     for method, aberrations, dtype in (("ssb", {}, "<u2"), ("ssb-single", {}, "<u1"), ("ssb", ABERRATIONS, "<f4")):
         case = Case(aberrations=aberrations, dtype=dtype)

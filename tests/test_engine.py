@@ -20,6 +20,7 @@ from stream.optics import Aberrations, AxesRelation, Probe
 from stream.scan import ScanPattern
 from stream.setup import MemoryPlan, Setup
 from stream.snapshot import IMAGE_UNITS, Counters
+from stream.weights import CompiledWeights
 from tests import oracle
 from tests.data_helpers import (
     Case,
@@ -913,9 +914,9 @@ def test_what_does_not_fit_is_refused_with_advice() -> None:
 def test_frames_do_not_wait_for_the_kernels(aberrations: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, make = threading.Event(), Setup.make_kernels
 
-    def slowly(setup: Setup, device: Device) -> Any:
+    def slowly(setup: Setup, *given: Any) -> Any:
         assert go_on.wait(60)
-        return make(setup, device)
+        return make(setup, *given)
 
     monkeypatch.setattr(Setup, "make_kernels", slowly)
     case = Case(scan=(16, 12), aberrations=aberrations)
@@ -955,7 +956,7 @@ def test_rows_that_wait_when_the_engine_is_closed_stay_outside(method: str) -> N
 
 
 def test_kernels_that_cannot_be_made_are_told_with_the_next_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(setup: Setup, device: Device) -> Any:
+    def fail(setup: Setup, *given: Any) -> Any:
         raise MemoryError("no room")
 
     monkeypatch.setattr(Setup, "make_kernels", fail)
@@ -968,6 +969,38 @@ def test_kernels_that_cannot_be_made_are_told_with_the_next_frames(monkeypatch: 
             feed(engine, case.counts())
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("aberrations", [{}, ABERRATIONS])
+def test_kernels_are_given_up_when_the_engine_is_closed(
+    aberrations: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread ends the part that it is at, of the many that there are."""
+    begun, parts = threading.Event(), []
+
+    def until_closing(make: Any) -> Any:
+        def made(*given: Any) -> None:
+            parts.append(given)
+            begun.set()
+            while not engine._closing:
+                threading.Event().wait(0.005)
+            make(*given)
+
+        return made
+
+    monkeypatch.setattr("stream.kernels._BLOCK_ELEMENTS", {"compiled": 100})
+    for name in ("fill", "levels"):
+        monkeypatch.setattr(CompiledWeights, name, until_closing(getattr(CompiledWeights, name)))
+    case = Case(scan=(32, 32), step=(0.4, 0.4), aberrations=aberrations)
+    engine = Engine(case.setup(), choose_device("cpu"), threads=2, in_background=True)
+    engine.add(block(case.counts(), range(2 * case.scan[1])))
+    accumulate_all(engine)
+    assert begun.wait(60)
+    engine.close()
+    assert len(parts) <= 2
+    view = engine.view(IMAGE_UNITS)
+    assert view.rows_acquired == 2, "what came can still be looked at"
+    assert np.isnan(view.images["phase"]).all()
 
 
 # the other device

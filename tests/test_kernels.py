@@ -287,7 +287,8 @@ def test_kernel_table(name: str, aberrations: dict[str, float], monkeypatch: pyt
     k = setup.geometry.bf_k(case.probe.wavelength)
     band, axes = setup.passband, case.probe.axes
     assert band.mirrored.any()
-    table = make_kernels(METHODS[name], case.probe, k, band, case.step, choose_device("cpu"))
+    method = dataclasses.replace(METHODS[name], compiled=None)
+    table = make_kernels(method, case.probe, k, band, case.step, choose_device("cpu"))
     row, column = axes.to_detector(*band.frequencies(case.step))
     expected = METHODS[name].weights(case.probe, (k[0][None], k[1][None]), (row[:, None], column[:, None]))
     expected[band.mirrored] = expected[band.mirrored].conj()
@@ -295,9 +296,12 @@ def test_kernel_table(name: str, aberrations: dict[str, float], monkeypatch: pyt
     assert table.is_real == (not aberrations or name == "ssb-single")
     assert table.nbytes == table_bytes(band, len(k[0]), table.is_real)
     assert table.pixels == len(k[0])
-    monkeypatch.setattr("stream.kernels._BLOCK_ELEMENTS", {False: 1, True: 1})
-    small = make_kernels(METHODS[name], case.probe, k, band, case.step, choose_device("cpu"))
+    monkeypatch.setattr("stream.kernels._BLOCK_ELEMENTS", {"numpy": 1, "compiled": 1})
+    small = make_kernels(method, case.probe, k, band, case.step, choose_device("cpu"))
     np.testing.assert_allclose(small.weights, expected, atol=1e-6)
+    compiled = make_kernels(METHODS[name], case.probe, k, band, case.step, choose_device("cpu"))
+    np.testing.assert_allclose(compiled.weights, expected, atol=1e-5)
+    assert compiled.weights.dtype == expected.dtype
 
 
 # devices

@@ -73,10 +73,10 @@ def test_a_change_of_optics_that_fails_keeps_the_old_ones(monkeypatch: pytest.Mo
         make = engine_module.Setup.make_kernels
         aberrated = Case(scan=(8, 9), rotation=20.0, aberrations={"C10": 50.0}).probe
 
-        def broken(setup: Any, device: Any) -> Any:
+        def broken(setup: Any, *given: Any) -> Any:
             if setup.probe.aberrations.coefficients:
                 raise MemoryError("no room")
-            return make(setup, device)
+            return make(setup, *given)
 
         monkeypatch.setattr(engine_module.Setup, "make_kernels", broken)
         with pytest.raises(DoesNotFit, match="the old ones are kept"):
@@ -98,9 +98,9 @@ def test_a_change_of_optics_that_fails_leaves_its_memory_to_the_old_ones(monkeyp
                 raise MemoryError("no room")
             add(accumulator, rows)
 
-        def look(setup: Any, device: Any) -> Any:
+        def look(setup: Any, *given: Any) -> Any:
             assert [reference() for reference in failed] in ([], [None])
-            return make(setup, device)
+            return make(setup, *given)
 
         monkeypatch.setattr(Accumulator, "add", full)
         monkeypatch.setattr(engine_module.Setup, "make_kernels", look)
@@ -118,10 +118,10 @@ def test_rows_that_come_while_the_optics_change_are_in_the_image(monkeypatch: py
         feed(engine, counts, np.arange(40))
         make = engine_module.Setup.make_kernels
 
-        def slowly(setup: Any, device: Any) -> Any:
+        def slowly(setup: Any, *given: Any) -> Any:
             assert engine.view(["phase"]).rows_acquired >= 4  # a viewer is answered meanwhile
             feed(engine, counts, np.arange(30, 72))  # and rows go on, late frames among them
-            return make(setup, device)
+            return make(setup, *given)
 
         monkeypatch.setattr(engine_module.Setup, "make_kernels", slowly)
         engine.change(aberrated.probe, METHODS["ssb"])
