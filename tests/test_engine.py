@@ -976,12 +976,13 @@ def test_kernels_are_given_up_when_the_engine_is_closed(
     aberrations: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each thread ends the part that it is at, of the many that there are."""
-    begun, parts = threading.Event(), []
+    begun, known, parts = threading.Event(), threading.Event(), []
 
     def until_closing(make: Any) -> Any:
         def made(*given: Any) -> None:
             parts.append(given)
             begun.set()
+            assert known.wait(60)
             while not engine._closing:
                 threading.Event().wait(0.005)
             make(*given)
@@ -993,6 +994,7 @@ def test_kernels_are_given_up_when_the_engine_is_closed(
         monkeypatch.setattr(CompiledWeights, name, until_closing(getattr(CompiledWeights, name)))
     case = Case(scan=(32, 32), step=(0.4, 0.4), aberrations=aberrations)
     engine = Engine(case.setup(), choose_device("cpu"), threads=2, in_background=True)
+    known.set()
     engine.add(block(case.counts(), range(2 * case.scan[1])))
     accumulate_all(engine)
     assert begun.wait(60)
