@@ -9,7 +9,7 @@
             await session.change(aberrations={"C10": -80.0})
 
 Settings are keyword arguments with the keys and units of ``stream.config.Settings``. ``channels="phase,bf"`` makes
-these images only, see ``stream.snapshot.IMAGE_CHANNELS``; what is left out costs nothing, and result and snapshots name
+these images only, see ``stream.snapshot.IMAGE_CHANNELS``; what is left out is not computed, and result and snapshots name
 it.
 """
 

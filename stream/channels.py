@@ -27,5 +27,6 @@ def choose_channel(channels: Sequence[str], wanted: str | None) -> Callable[[Fra
         return lambda block: replace(block.channel(first), minus=block.channel(second))
     have = f"the channels {', '.join(channels)}" if channels else "one channel only, without a name"
     raise ConfigurationError(
-        f"channel {wanted!r} was asked for, the stream has {have}; a difference of two is written A-B"
+        f"channel {wanted!r} was asked for, the stream has {have}; a difference of two is written A-B "
+        "(images are chosen with channels)"
     )

@@ -190,9 +190,10 @@ def describe_result(path: Path) -> list[tuple[str, str]]:
             rows = [("file", str(path)), ("layout", "liveptycho result")]
             if left_out := str(file.attrs.get("channels_left_out", "")):
                 rows.append(("images", left_out_sentence(left_out.split(","))))
+            there = {**file, **{f"virtual/{name}": item for name, item in file.get("virtual", {}).items()}}
             rows += [
                 (name, f"{item.dtype.name} {item.shape}")
-                for name, item in file.items()
+                for name, item in there.items()
                 if isinstance(item, h5py.Dataset)
             ]
             rows += [

@@ -949,9 +949,9 @@ async def test_a_session_says_that_the_kernels_are_being_made(
 ) -> None:
     go_on, make = threading.Event(), Setup.make_kernels
 
-    def slowly(setup: Setup, device: Any) -> Any:
+    def slowly(setup: Setup, *given: Any) -> Any:
         assert go_on.wait(PATIENCE_S)
-        return make(setup, device)
+        return make(setup, *given)
 
     monkeypatch.setattr(Setup, "make_kernels", slowly)
     async with PlainSender() as sender, Session(live_options(sender.endpoint)) as session:

@@ -61,7 +61,7 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     "channels": (
         str,
         f"Which images are made, for example phase,bf: some of {', '.join(IMAGE_CHANNELS)}; default all. What is left "
-        "out costs nothing. Which threshold of the detector is taken: see --channel.",
+        "out is not computed. Which threshold of the detector is taken: see --channel.",
     ),
     "averaging": (bool, "Average the passes instead of letting the newest replace the others."),
 }
