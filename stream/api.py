@@ -9,8 +9,8 @@
             await session.change(aberrations={"C10": -80.0})
 
 Settings are keyword arguments with the keys and units of ``stream.config.Settings``. ``channels="phase,bf"`` makes
-these images only, see ``stream.snapshot.IMAGE_CHANNELS``; what is left out is not computed, and result and snapshots name
-it.
+these images only, see ``stream.snapshot.IMAGE_CHANNELS``; what is left out is not computed, and named by results and
+snapshots.
 """
 
 from __future__ import annotations
