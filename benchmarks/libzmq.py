@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 
-import llvmlite.binding
 import numba
 import numpy as np
 import zmq
 from numba import types
+
+from stream.intrinsics import add_loaded_symbols, add_symbols
 
 _NAMES = ("zmq_msg_init", "zmq_msg_init_data", "zmq_msg_send", "zmq_msg_recv", "zmq_msg_close", "zmq_errno")
 
@@ -26,15 +27,10 @@ def _find() -> bool:
     try:
         from zmq.backend.cython import _zmq
 
-        # Looking a name up in the extension module looks in the libraries that it was linked with, too.
-        library = ctypes.CDLL(_zmq.__file__)
-        process = ctypes.CDLL(None)
-        for name in _NAMES:
-            llvmlite.binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-        llvmlite.binding.add_symbol("usleep", ctypes.cast(process.usleep, ctypes.c_void_p).value)
+        add_symbols(ctypes.CDLL(None), "usleep")
     except (ImportError, OSError, TypeError, AttributeError):
         return False
-    return True
+    return add_loaded_symbols(_zmq.__file__, *_NAMES)
 
 
 AVAILABLE = _find()

@@ -17,9 +17,25 @@ from numba.extending import intrinsic
 
 from detectors.codec import bitshuffle_library
 
-_library = bitshuffle_library()
-for _name in ("LZ4_decompress_safe", "bshuf_untrans_bit_elem"):
-    llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_library, _name), ctypes.c_void_p).value)
+
+def add_symbols(library: ctypes.CDLL, *names: str) -> None:
+    """Make C functions known to the compiler by name. Raises ``AttributeError``, and adds none, where one is hidden."""
+    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+    for name, where in zip(names, addresses, strict=True):
+        llvmlite.binding.add_symbol(name, where)
+
+
+def add_loaded_symbols(extension: str, *names: str) -> bool:
+    """The same for the library that an extension module (its file) was linked with; False where they are hidden."""
+    try:
+        # Loaded already: this handle finds the symbols of the libraries that it was linked with, too.
+        add_symbols(ctypes.CDLL(extension), *names)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+add_symbols(bitshuffle_library(), "LZ4_decompress_safe", "bshuf_untrans_bit_elem")
 
 lz4_decompress = types.ExternalFunction(
     "LZ4_decompress_safe", types.int32(types.voidptr, types.voidptr, types.int32, types.int32)

@@ -102,7 +102,7 @@ class Session:
         self._stack = AsyncExitStack()
         # The first run on a machine takes seconds here, later ones find the compiled code on disk.
         await in_threads(decode.compile_ahead, contraction.compile_ahead)
-        # The compiler leaves a million objects behind: going over them for garbage stops every thread for 0.1 s.
+        # The compiler leaves 160,000 objects behind: going over them for garbage stops every thread for 0.1 s.
         await asyncio.to_thread(gc.collect)
         gc.freeze()
         self._stack.callback(gc.unfreeze)

@@ -147,6 +147,17 @@ def _first_above(values: Any, first: Any, stop: Any, limit: Any) -> Any:
 
 
 @_compiled
+def _lit(minus: float, plus: float, column: float) -> tuple[float, float]:
+    """From where to where a detector row lies in either shifted disk; ``minus``, ``plus``: half chords, squared."""
+    low, high = np.inf, -np.inf
+    if minus > 0:
+        low, high = min(low, column - math.sqrt(minus)), max(high, column + math.sqrt(minus))
+    if plus > 0:
+        low, high = min(low, -column - math.sqrt(plus)), max(high, -column + math.sqrt(plus))
+    return low, high
+
+
+@_compiled
 def _fill_levels(
     q_row: Any, q_column: Any, runs: Any, k_row: Any, k_column: Any, amplitude: Any, radius: float, edge: float,
     single: bool, threshold: float, out: Any,
@@ -161,11 +172,7 @@ def _fill_levels(
             first, stop = runs[r], runs[r + 1]
             here = k_row[first]
             minus, plus = square - (here - row) ** 2, square - (here + row) ** 2
-            low, high = np.inf, -np.inf
-            if minus > 0:
-                low, high = min(low, column - math.sqrt(minus)), max(high, column + math.sqrt(minus))
-            if plus > 0:
-                low, high = min(low, -column - math.sqrt(plus)), max(high, -column + math.sqrt(plus))
+            low, high = _lit(minus, plus, column)
             begin = _first_above(k_column, first, stop, low)
             end = _first_above(k_column, begin, stop, high)
             for i in range(np.uint64(first), np.uint64(begin)):
@@ -212,11 +219,7 @@ def _fill_weights(
             first, stop = runs[r], runs[r + 1]
             here = k_row[first]
             minus, plus = square - (here - row) ** 2, square - (here + row) ** 2
-            low, high = np.inf, -np.inf
-            if minus > 0:
-                low, high = min(low, column - math.sqrt(minus)), max(high, column + math.sqrt(minus))
-            if plus > 0:
-                low, high = min(low, -column - math.sqrt(plus)), max(high, -column + math.sqrt(plus))
+            low, high = _lit(minus, plus, column)
             begin = _first_above(k_column, first, stop, low)
             end = _first_above(k_column, begin, stop, high)
             for i in range(np.uint64(2 * first), np.uint64(2 * begin)):

@@ -18,11 +18,9 @@ from typing import Any
 import cbor2
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from detectors.messages import Encoding
+from detectors.protocols.intrinsics import byte_at
 
 #: What a message is: an image, another map with a type, or nothing that can be used (see ``REASONS``).
 IMAGE, OTHER, NO_MAP, DAMAGED, NO_TYPE, NO_SERIES, NO_INDEX, NO_DATA = range(8)
@@ -97,17 +95,6 @@ _CODE_RAW, _CODE_BSLZ4, _CODE_LZ4 = int(Encoding.RAW), int(Encoding.BSLZ4), int(
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
-@intrinsic
-def _byte(typingctx: Any, address: Any, at: Any) -> Any:
-    """A byte of memory as a number."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = builder.inttoptr(builder.add(args[0], args[1]), ir.IntType(8).as_pointer())
-        return builder.zext(builder.load(place), ir.IntType(64))
-
-    return types.int64(types.int64, types.int64), codegen
-
-
 @_compiled
 def _head(slab: int, at: int, end: int) -> Any:
     """The head of the item at ``at``: (kind, argument, where its contents begin); kind -1 where there is none.
@@ -116,7 +103,7 @@ def _head(slab: int, at: int, end: int) -> Any:
     """
     if at >= end:
         return -1, 0, end
-    first = _byte(slab, at)
+    first = byte_at(slab, at)
     kind, info = first >> 5, first & 31
     at += 1
     if info < 24:
@@ -127,7 +114,7 @@ def _head(slab: int, at: int, end: int) -> Any:
         return -1, 0, end
     argument = np.int64(0)
     for _ in range(1 << (info - 24)):
-        argument = argument << 8 | _byte(slab, at)
+        argument = argument << 8 | byte_at(slab, at)
         at += 1
     return kind, argument, at
 
@@ -202,7 +189,7 @@ def _is(slab: int, at: int, size: int, word: np.ndarray) -> bool:
     if size != len(word):
         return False
     for i in range(len(word)):  # noqa: SIM110 - compiled, and a generator is not
-        if _byte(slab, at + i) != word[i]:
+        if byte_at(slab, at + i) != word[i]:
             return False
     return True
 
@@ -404,7 +391,7 @@ def _read_message(slab: int, at: int, end: int, out: Any, channels: np.ndarray, 
 @_compiled
 def _same_text(slab: int, one: int, other: int, size: int) -> bool:
     for i in range(size):  # noqa: SIM110
-        if _byte(slab, one + i) != _byte(slab, other + i):
+        if byte_at(slab, one + i) != byte_at(slab, other + i):
             return False
     return True
 

@@ -9,18 +9,17 @@ by name, so that the compiled code can be cached on disk.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import llvmlite.binding
 import numba
 import numpy as np
 import zmq
 from numba import types
 
+from stream.intrinsics import add_loaded_symbols
 from stream.receiving import common
 from stream.receiving.common import Slab
 
@@ -56,15 +55,9 @@ def _add_symbols() -> bool:
     """Make libzmq's functions known to the compiler by name; False where they cannot be reached."""
     try:
         from zmq.backend.cython import _zmq
-
-        # Loaded already: this handle finds its symbols, and those of the libraries that it was linked with.
-        library = ctypes.CDLL(_zmq.__file__)
-        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _FUNCTIONS]
-    except (ImportError, OSError, AttributeError):
+    except ImportError:
         return False
-    for name, address in zip(_FUNCTIONS, addresses, strict=True):
-        llvmlite.binding.add_symbol(name, address)
-    return True
+    return add_loaded_symbols(_zmq.__file__, *_FUNCTIONS)
 
 
 #: Whether ``drain_compiled`` can be used.

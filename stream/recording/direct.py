@@ -10,32 +10,18 @@ disk; its lock, which HDF5 needs as it is not thread-safe, is h5py's own.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import h5py
-import llvmlite.binding
 import numba
 import numpy as np
 from h5py._objects import phil
 from numba import types
 
-from stream.intrinsics import address
-
-
-def _add_symbol() -> bool:
-    """Make HDF5's function known to the compiler by name; False where it cannot be reached."""
-    try:
-        # Loaded already: this handle finds the symbols of the libraries that it was linked with.
-        function = ctypes.CDLL(h5py.h5d.__file__).H5Dwrite_chunk
-    except (OSError, AttributeError):
-        return False
-    llvmlite.binding.add_symbol("H5Dwrite_chunk", ctypes.cast(function, ctypes.c_void_p).value)
-    return True
-
+from stream.intrinsics import add_loaded_symbols, address
 
 #: Whether ``write_compiled`` can be used.
-COMPILED = _add_symbol()
+COMPILED = add_loaded_symbols(h5py.h5d.__file__, "H5Dwrite_chunk")
 
 _write_chunk = types.ExternalFunction(
     "H5Dwrite_chunk", types.int32(types.int64, types.int64, types.uint32, types.voidptr, types.uint64, types.voidptr)
