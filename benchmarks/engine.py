@@ -17,7 +17,8 @@ from benchmarks.data import bf_counts, median_seconds, setup, table
 from stream.accumulator import Accumulator
 from stream.array import choose_device
 from stream.engine import BATCH_ROWS, Setup
-from stream.kernels import KernelTable, Passband, RunTable, make_kernels
+from stream.kernels import KernelTable, RunTable, make_kernels
+from stream.passband import Passband
 from stream.ring import RowRing
 
 #: scan side, BF pixels

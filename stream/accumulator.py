@@ -22,8 +22,9 @@ import numpy as np
 
 from stream.array import Device
 from stream.contraction import Sums, contraction
-from stream.kernels import KernelTable, Passband, RunTable, StreamedKernels
+from stream.kernels import KernelTable, RunTable, StreamedKernels
 from stream.lanes import LANES
+from stream.passband import Passband
 from stream.ring import FrozenRing, RowRing
 
 

@@ -26,9 +26,10 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from stream.array import Device, choose_device
-from stream.kernels import METHODS, KernelTable, Passband, RunTable, make_kernels, make_runs
+from stream.kernels import METHODS, KernelTable, RunTable, make_kernels, make_runs
 from stream.lanes import LANES, TILE, dense_row, dense_tile, load, splat, store, take_part, turned_sum
 from stream.optics import Aberrations, Probe
+from stream.passband import Passband
 from stream.ring import RowRing
 from stream.row_fft import RowFft, aligned, with_slack
 

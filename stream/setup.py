@@ -17,7 +17,6 @@ from stream.geometry import DetectorGeometry
 from stream.kernels import (
     KernelTable,
     Method,
-    Passband,
     RunTable,
     StreamedKernels,
     column_blocks,
@@ -29,6 +28,7 @@ from stream.kernels import (
     table_bytes,
 )
 from stream.optics import Probe
+from stream.passband import Passband
 from stream.ring import ring_bytes
 from stream.scan import ScanPattern
 from stream.snapshot import IMAGE_CHANNELS, IMAGE_UNITS, channels_without

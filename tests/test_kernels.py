@@ -15,7 +15,6 @@ from stream.geometry import DetectorGeometry
 from stream.kernels import (
     METHODS,
     OverlapMasks,
-    Passband,
     make_kernels,
     method_named,
     overlap_function,
@@ -31,6 +30,7 @@ from stream.optics import (
     aperture_amplitude,
     electron_wavelength,
 )
+from stream.passband import Passband
 from tests import oracle
 from tests.data_helpers import Case
 
